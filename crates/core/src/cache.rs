@@ -1,0 +1,250 @@
+//! The session's DEKs: bounded in number, age, uses and bytes; overwritten when they go.
+
+use std::num::NonZeroUsize;
+use std::rc::Rc;
+
+use lru::LruCache;
+
+use crate::context::Context;
+use crate::envelope::FLAGS_AT;
+use crate::keyring::{Kek, Keyring};
+use crate::policy::{DEK_USES_CAP, Limits};
+use crate::seal::ExpandedKey;
+use crate::stats::SessionStats;
+
+/// Which KEK a cached DEK came through, as it was configured then.
+pub struct KekIdentity {
+    name: String,
+    uri: String,
+    context: Context,
+}
+
+impl KekIdentity {
+    /// Identity of a configured KEK.
+    pub fn of(kek: &Kek) -> Self {
+        KekIdentity { name: kek.name.clone(), uri: kek.uri.clone(), context: kek.context.clone() }
+    }
+
+    fn still_opens(&self, keyring: &Keyring) -> bool {
+        keyring.still_opens(&self.name, &self.uri, &self.context)
+    }
+}
+
+/// A DEK that was unwrapped, ready to open payloads.
+pub struct OpenedKey {
+    /// The payload's key.
+    pub key: Rc<ExpandedKey>,
+    /// The envelope's context.
+    pub context: Context,
+    /// The KEK that it came through.
+    pub kek: KekIdentity,
+    /// When it was unwrapped.
+    pub born_ms: u64,
+}
+
+/// Unwrapped DEKs by header; the one unused for longest goes first.
+pub struct OpenedCache {
+    entries: LruCache<Box<[u8]>, Rc<OpenedKey>>,
+    /// Not later than the birth of the oldest entry.
+    oldest_ms: u64,
+    name: Vec<u8>,
+}
+
+impl OpenedCache {
+    /// An empty cache.
+    pub fn new() -> Self {
+        OpenedCache { entries: LruCache::unbounded(), oldest_ms: u64::MAX, name: Vec::new() }
+    }
+
+    /// The entry for a header, or for a literal form's blob. Flags do not count: one DEK serves with and without aad.
+    pub fn get(
+        &mut self,
+        header: &[u8],
+        now_ms: u64,
+        limits: &Limits,
+        stats: &mut SessionStats,
+    ) -> Option<Rc<OpenedKey>> {
+        Self::write_name(&mut self.name, header);
+        let entry = self.entries.get(self.name.as_slice())?;
+        if is_young(entry.born_ms, now_ms, limits) {
+            return Some(Rc::clone(entry));
+        }
+        self.entries.pop(self.name.as_slice());
+        stats.cache_expiries += 1;
+        None
+    }
+
+    /// Keeps an entry, within the limits.
+    pub fn put(&mut self, header: &[u8], opened: Rc<OpenedKey>, limits: &Limits, stats: &mut SessionStats) {
+        Self::write_name(&mut self.name, header);
+        self.oldest_ms = self.oldest_ms.min(opened.born_ms);
+        self.entries.put(self.name.as_slice().into(), opened);
+        while self.entries.len() > limits.cache_entries {
+            self.entries.pop_lru();
+            stats.cache_evictions += 1;
+        }
+    }
+
+    /// Drops what is too old.
+    pub fn expire(&mut self, now_ms: u64, limits: &Limits, stats: &mut SessionStats) {
+        if self.entries.is_empty() || is_young(self.oldest_ms, now_ms, limits) {
+            return;
+        }
+        let before = self.entries.len();
+        let mut oldest_ms = u64::MAX;
+        self.entries.retain(|_, entry| {
+            let keep = is_young(entry.born_ms, now_ms, limits);
+            if keep {
+                oldest_ms = oldest_ms.min(entry.born_ms);
+            }
+            keep
+        });
+        self.oldest_ms = oldest_ms;
+        stats.cache_expiries += (before - self.entries.len()) as u64;
+    }
+
+    /// Drops what `keyring` no longer allows.
+    pub fn retain(&mut self, keyring: &Keyring) {
+        self.entries.retain(|_, entry| entry.kek.still_opens(keyring));
+    }
+
+    /// Drops everything.
+    pub fn clear(&mut self) {
+        *self = Self::new();
+    }
+
+    /// Number of entries.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    fn write_name(name: &mut Vec<u8>, header: &[u8]) {
+        name.clear();
+        name.extend_from_slice(header);
+        // The literal form's blob has no flags; it never begins with the magic, so names cannot collide.
+        if header.starts_with(&crate::envelope::MAGIC) {
+            name[FLAGS_AT] = 0;
+        }
+    }
+}
+
+impl Default for OpenedCache {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A DEK that this session made and encrypts with.
+pub struct SealingKey {
+    /// The payload's key.
+    pub key: Rc<ExpandedKey>,
+    /// Header without and with the aad flag, in binary.
+    pub headers: [Vec<u8>; 2],
+    /// The same, armored, up to the second colon.
+    pub armored: [String; 2],
+    kek: KekIdentity,
+    born_ms: u64,
+    uses: u64,
+    bytes: u64,
+}
+
+impl SealingKey {
+    /// A key that was not used yet.
+    pub fn new(key: Rc<ExpandedKey>, headers: [Vec<u8>; 2], kek: KekIdentity, born_ms: u64) -> Self {
+        let armored = [crate::armor::armored_head(&headers[0]), crate::armor::armored_head(&headers[1])];
+        SealingKey { key, headers, armored, kek, born_ms, uses: 0, bytes: 0 }
+    }
+
+    /// Counts a value of so many bytes before it is sealed, so that a failure between cannot exceed the limits.
+    pub fn count(&mut self, bytes: usize) {
+        self.uses += 1;
+        self.bytes = self.bytes.saturating_add(bytes as u64);
+    }
+
+    fn can_take(&self, bytes: usize, now_ms: u64, limits: &Limits) -> bool {
+        self.uses < limits.max_uses.min(DEK_USES_CAP)
+            && self.bytes.saturating_add(bytes as u64) <= limits.max_bytes
+            && is_young(self.born_ms, now_ms, limits)
+    }
+}
+
+/// DEKs for encrypting, by KEK and the caller's context.
+pub struct SealingCache {
+    entries: LruCache<Box<[u8]>, SealingKey>,
+    name: Vec<u8>,
+}
+
+impl SealingCache {
+    /// An empty cache.
+    pub fn new() -> Self {
+        SealingCache { entries: LruCache::unbounded(), name: Vec::new() }
+    }
+
+    /// The key for a value of so many bytes, if there is one that its limits still allow.
+    pub fn get(
+        &mut self,
+        kek: &str,
+        context: &Context,
+        bytes: usize,
+        now_ms: u64,
+        limits: &Limits,
+    ) -> Option<&mut SealingKey> {
+        Self::write_name(&mut self.name, kek, context);
+        let usable = self.entries.peek(self.name.as_slice())?.can_take(bytes, now_ms, limits);
+        if !usable {
+            self.entries.pop(self.name.as_slice());
+            return None;
+        }
+        self.entries.get_mut(self.name.as_slice())
+    }
+
+    /// Keeps a fresh key and gives it back.
+    pub fn put(&mut self, kek: &str, context: &Context, key: SealingKey, limits: &Limits) -> &mut SealingKey {
+        Self::write_name(&mut self.name, kek, context);
+        let capacity = NonZeroUsize::new(limits.cache_entries).unwrap_or(NonZeroUsize::MIN);
+        while self.entries.len() >= capacity.get() {
+            self.entries.pop_lru();
+        }
+        self.entries.put(self.name.as_slice().into(), key);
+        self.entries.get_mut(self.name.as_slice()).expect("it was just put there")
+    }
+
+    /// Drops what is too old.
+    pub fn expire(&mut self, now_ms: u64, limits: &Limits) {
+        self.entries.retain(|_, key| is_young(key.born_ms, now_ms, limits));
+    }
+
+    /// Drops what `keyring` no longer allows to encrypt with.
+    pub fn retain(&mut self, keyring: &Keyring) {
+        self.entries
+            .retain(|_, key| key.kek.still_opens(keyring) && keyring.for_encrypting(Some(&key.kek.name)).is_ok());
+    }
+
+    /// Drops everything.
+    pub fn clear(&mut self) {
+        *self = Self::new();
+    }
+
+    fn write_name(name: &mut Vec<u8>, kek: &str, context: &Context) {
+        name.clear();
+        name.push(kek.len() as u8);
+        name.extend_from_slice(kek.as_bytes());
+        name.extend_from_slice(context.encoded());
+    }
+}
+
+impl Default for SealingCache {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Whether something born then is still within the age limit.
+pub(crate) fn is_young(born_ms: u64, now_ms: u64, limits: &Limits) -> bool {
+    now_ms.saturating_sub(born_ms) < limits.max_age_ms
+}

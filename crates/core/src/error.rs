@@ -1,0 +1,108 @@
+//! What can go wrong, in kinds that a caller can tell apart.
+//!
+//! No variant carries a plaintext, a key or a credential: texts are fixed, names come from configuration.
+
+use crate::provider::ProviderError;
+
+/// Result with the crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why an operation on a stored value failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The value is not an encoding that this version reads.
+    #[error("malformed envelope")]
+    Malformed(#[from] Malformed),
+    /// A tag, a commitment or a context does not fit.
+    #[error("value does not verify")]
+    Unverified(Mismatch),
+    /// The value is neither an envelope nor direct ciphertext, and the policy refuses plaintext.
+    #[error("value is not encrypted, and reading plaintext is refused")]
+    PlaintextRefused,
+    /// The value to encrypt is an envelope.
+    #[error("value is an envelope already")]
+    AlreadyEnvelope,
+    /// The stated version is not 0, 1 or 2.
+    #[error("version must be 0, 1 or 2")]
+    UnknownVersion,
+    /// The caller stated version 0 or 1, and the value is an envelope.
+    #[error("value is an envelope, but version {0} was stated")]
+    VersionMismatch(i32),
+    /// A context that cannot be used.
+    #[error("unusable context: {0}")]
+    BadContext(&'static str),
+    /// The decrypted bytes are not text.
+    #[error("decrypted value is not text")]
+    NotText,
+    /// No KEK of that name is configured.
+    #[error("key \"{0}\" is not configured")]
+    UnknownKey(String),
+    /// The KEK is configured and must not be used that way.
+    #[error("key \"{name}\" is {state}")]
+    KeyState {
+        /// The KEK's name.
+        name: String,
+        /// `disabled` or `decrypt_only`.
+        state: &'static str,
+    },
+    /// Rewrapping would put the envelope under a key that could not open it, because its context is another.
+    #[error("the envelope's context does not include what key \"{0}\" requires")]
+    KeyContext(String),
+    /// Nothing is configured to encrypt with.
+    #[error("no key is configured to encrypt with")]
+    NothingConfigured,
+    /// The legacy key is needed and is missing or unusable.
+    #[error("{0}")]
+    LegacyKey(&'static str),
+    /// A form that is read and never written cannot be rewrapped.
+    #[error("this form of envelope cannot be rewrapped")]
+    NotRewrappable,
+    /// The result does not fit.
+    #[error("value is too large")]
+    TooLarge,
+    /// The operating system's random source failed.
+    #[error("the system's random source failed")]
+    Random,
+    /// The key service, or the way to it.
+    #[error("key \"{key}\": {source}")]
+    Service {
+        /// The KEK's name.
+        key: String,
+        /// What its provider said.
+        source: ProviderError,
+    },
+}
+
+/// What about an encoding is wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Malformed(pub &'static str);
+
+/// What does not fit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Mismatch {
+    /// Tag of an envelope's payload.
+    #[error("The payload's tag does not fit the key, the context and the given aad.")]
+    Payload,
+    /// The envelope was bound to an aad and none was given.
+    #[error("The envelope is bound to an aad, and none was given.")]
+    AadMissing,
+    /// The envelope was made without an aad and one was given.
+    #[error("The envelope is not bound to an aad, and one was given.")]
+    AadUnexpected,
+    /// The unwrapped DEK is not the one the header commits to.
+    #[error("The unwrapped data key is not the one that the envelope commits to.")]
+    Commitment,
+    /// The caller expected another context.
+    #[error("The envelope's context does not include the given one.")]
+    Context,
+    /// The envelope's context lacks what the KEK requires.
+    #[error("The envelope's context does not include the one that its key requires.")]
+    KeyContext,
+    /// Tag of a direct ciphertext.
+    #[error("The tag fits none of the legacy keys.")]
+    Legacy,
+    /// A sealed value did not open to what was sealed.
+    #[error("A value just encrypted did not decrypt to the same bytes; nothing was stored.")]
+    RoundTrip,
+}

@@ -1,0 +1,137 @@
+//! The configured keys: the only ones that are ever called.
+
+use std::rc::Rc;
+
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::legacy::LegacyKeys;
+use crate::provider::KeyProvider;
+
+/// Name of the KEK that the server's environment configures.
+pub const ENVIRONMENT_KEY: &str = "default";
+
+/// What a KEK may be used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyState {
+    /// Encrypts and decrypts.
+    Active,
+    /// Decrypts what exists.
+    DecryptOnly,
+    /// Nothing.
+    Disabled,
+}
+
+impl KeyState {
+    /// The state of this name in the catalog.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "active" => Some(KeyState::Active),
+            "decrypt_only" => Some(KeyState::DecryptOnly),
+            "disabled" => Some(KeyState::Disabled),
+            _ => None,
+        }
+    }
+
+    /// The state's name in the catalog.
+    pub fn name(self) -> &'static str {
+        match self {
+            KeyState::Active => "active",
+            KeyState::DecryptOnly => "decrypt_only",
+            KeyState::Disabled => "disabled",
+        }
+    }
+}
+
+/// One configured KEK.
+pub struct Kek {
+    /// Its name, which envelopes carry.
+    pub name: String,
+    /// Where it is; compared to see whether a cached DEK still belongs to it.
+    pub uri: String,
+    /// Pairs added to every caller's context.
+    pub context: Context,
+    /// Whether an envelope must carry `context` to be opened with this KEK. Without it, two KEKs of the catalog
+    /// that share a key and differ in context (tenants) could open each other's envelopes by a forged key name.
+    pub requires_context: bool,
+    /// What it may be used for.
+    pub state: KeyState,
+    /// The way to it.
+    pub provider: Rc<dyn KeyProvider>,
+}
+
+impl Kek {
+    fn refused(&self) -> Error {
+        Error::KeyState { name: self.name.clone(), state: self.state.name() }
+    }
+}
+
+/// The legacy keys, as configured.
+#[derive(Default)]
+pub enum Legacy {
+    /// None is configured.
+    #[default]
+    Absent,
+    /// These.
+    Keys(LegacyKeys),
+    /// One is configured and cannot be used, for this reason.
+    Broken(&'static str),
+}
+
+/// Everything that is configured.
+#[derive(Default)]
+pub struct Keyring {
+    /// All KEKs; no name twice.
+    pub keks: Vec<Kek>,
+    /// Name of the KEK for callers that name none.
+    pub default_key: String,
+    /// The legacy keys.
+    pub legacy: Legacy,
+}
+
+impl Keyring {
+    /// The KEK to encrypt with.
+    pub fn for_encrypting(&self, name: Option<&str>) -> Result<&Kek> {
+        if name.is_none() && self.keks.is_empty() {
+            return Err(Error::NothingConfigured);
+        }
+        let kek = self.find(name.unwrap_or(&self.default_key))?;
+        if kek.state == KeyState::Active { Ok(kek) } else { Err(kek.refused()) }
+    }
+
+    /// The KEK to decrypt with.
+    pub fn for_decrypting(&self, name: &str) -> Result<&Kek> {
+        let kek = self.find(name)?;
+        if kek.state == KeyState::Disabled { Err(kek.refused()) } else { Ok(kek) }
+    }
+
+    /// The KEK for envelopes that name none (the literal form).
+    pub fn for_literal(&self) -> Result<&Kek> {
+        if self.keks.is_empty() {
+            return Err(Error::NothingConfigured);
+        }
+        self.for_decrypting(&self.default_key)
+    }
+
+    /// The legacy keys; an error when they are configured and cannot be used.
+    pub fn legacy(&self) -> Result<Option<&LegacyKeys>> {
+        match &self.legacy {
+            Legacy::Absent => Ok(None),
+            Legacy::Keys(keys) => Ok(Some(keys)),
+            Legacy::Broken(reason) => Err(Error::LegacyKey(reason)),
+        }
+    }
+
+    /// The legacy keys; an error when there are none.
+    pub fn legacy_required(&self) -> Result<&LegacyKeys> {
+        self.legacy()?.ok_or(Error::LegacyKey("no legacy key is configured"))
+    }
+
+    /// Whether `kek`, as it was when a DEK was cached, is still the same and may still decrypt.
+    pub fn still_opens(&self, name: &str, uri: &str, context: &Context) -> bool {
+        self.for_decrypting(name).is_ok_and(|kek| kek.uri == uri && kek.context == *context)
+    }
+
+    fn find(&self, name: &str) -> Result<&Kek> {
+        self.keks.iter().find(|kek| kek.name == name).ok_or_else(|| Error::UnknownKey(name.to_owned()))
+    }
+}

@@ -1,0 +1,116 @@
+//! The payload: key derivation, commitment and AES-256-GCM. `docs/FORMAT.md`, section 3.
+
+use aes_gcm::aead::{AeadInOut, KeyInit};
+use aes_gcm::{Aes256Gcm, Nonce, Tag};
+use hkdf::Hkdf;
+use sha2::Sha256;
+use subtle::ConstantTimeEq;
+use vod_tender_secret_memory::{Locked, burn_stack};
+use zeroize::Zeroize;
+
+use crate::dek::{Dek, KEY_BYTES};
+use crate::envelope::{COMMITMENT_BYTES, NONCE_BYTES, SUITE, TAG_BYTES};
+use crate::error::{Error, Mismatch, Result};
+
+const PAYLOAD_KEY_INFO: &[u8] = b"vod_tender_crypto/v2/payload-key";
+const COMMITMENT_INFO: &[u8] = b"vod_tender_crypto/v2/commitment";
+
+/// An AES-256-GCM key, expanded once, in locked memory.
+pub struct ExpandedKey(Locked<Aes256Gcm>);
+
+impl ExpandedKey {
+    /// Expands 32 key bytes.
+    pub fn new(key: &[u8; KEY_BYTES]) -> Self {
+        let expanded = ExpandedKey(Locked::new(Aes256Gcm::new(key.into())));
+        burn_stack();
+        expanded
+    }
+
+    /// Encrypts `buffer` in place and gives the tag. Obligation: `nonce` was never used with this key before.
+    pub fn seal(&self, nonce: &[u8; NONCE_BYTES], associated: &[u8], buffer: &mut [u8]) -> Result<[u8; TAG_BYTES]> {
+        self.0
+            .encrypt_inout_detached(&Nonce::from(*nonce), associated, buffer.into())
+            .map(Into::into)
+            .map_err(|_| Error::TooLarge)
+    }
+
+    /// Decrypts `buffer` in place. When the tag does not fit, `buffer` keeps the ciphertext.
+    pub fn open(
+        &self,
+        nonce: &[u8; NONCE_BYTES],
+        associated: &[u8],
+        buffer: &mut [u8],
+        tag: &[u8; TAG_BYTES],
+    ) -> std::result::Result<(), TagMismatch> {
+        self.0
+            .decrypt_inout_detached(&Nonce::from(*nonce), associated, buffer.into(), &Tag::from(*tag))
+            .map_err(|_| TagMismatch)
+    }
+}
+
+/// The tag does not fit key, nonce, ciphertext and associated data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TagMismatch;
+
+/// What a DEK derives to: the payload's key, and the public commitment to the DEK.
+pub struct Derived {
+    /// Opens and seals payloads.
+    pub payload_key: ExpandedKey,
+    /// Goes into the header.
+    pub commitment: [u8; COMMITMENT_BYTES],
+}
+
+impl Derived {
+    /// Derives both from a DEK.
+    pub fn from_dek(dek: &Dek) -> Self {
+        let hkdf = Hkdf::<Sha256>::new(None, dek.expose());
+        let mut payload_key = [0; KEY_BYTES];
+        let mut commitment = [0; COMMITMENT_BYTES];
+        expand(&hkdf, PAYLOAD_KEY_INFO, &mut payload_key);
+        expand(&hkdf, COMMITMENT_INFO, &mut commitment);
+        let derived = Derived { payload_key: ExpandedKey::new(&payload_key), commitment };
+        payload_key.zeroize();
+        drop(hkdf);
+        burn_stack();
+        derived
+    }
+
+    /// The payload key, when the DEK is the one a header commits to. Obligation: call it before opening anything.
+    pub fn committed(self, commitment: &[u8; COMMITMENT_BYTES]) -> Result<ExpandedKey> {
+        if bool::from(self.commitment.ct_eq(commitment)) {
+            Ok(self.payload_key)
+        } else {
+            Err(Error::Unverified(Mismatch::Commitment))
+        }
+    }
+}
+
+fn expand(hkdf: &Hkdf<Sha256>, info: &[u8], out: &mut [u8; 32]) {
+    hkdf.expand_multi_info(&[info, &[SUITE]], out).expect("32 bytes are within HKDF's limit");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sealed_bytes_open_and_changed_ones_do_not() {
+        let key = ExpandedKey::new(&[1; 32]);
+        let mut buffer = *b"some bytes";
+        let tag = key.seal(&[2; 12], b"bound", &mut buffer).unwrap();
+        let sealed = buffer;
+        assert_eq!(key.open(&[2; 12], b"other", &mut buffer, &tag), Err(TagMismatch));
+        assert_eq!(buffer, sealed, "a refused buffer keeps its ciphertext");
+        assert_eq!(key.open(&[2; 12], b"bound", &mut buffer, &tag), Ok(()));
+        assert_eq!(&buffer, b"some bytes");
+    }
+
+    #[test]
+    fn the_commitment_tells_deks_apart() {
+        let one = Derived::from_dek(&Dek::copied(&[1; 32]).unwrap());
+        let two = Derived::from_dek(&Dek::copied(&[2; 32]).unwrap());
+        let commitment = one.commitment;
+        assert!(matches!(two.committed(&commitment), Err(Error::Unverified(Mismatch::Commitment))));
+        assert!(one.committed(&commitment).is_ok());
+    }
+}

@@ -1,0 +1,101 @@
+//! One session's encrypting and decrypting: finds the DEK in the cache or asks the key service, and opens or seals.
+
+mod convert;
+mod decrypt;
+mod encrypt;
+mod rewrap;
+#[cfg(test)]
+mod tests;
+
+pub use decrypt::{ReadAs, Reading};
+pub use encrypt::Sealing;
+
+use crate::cache::{OpenedCache, SealingCache};
+use crate::error::{Error, Result};
+use crate::keyring::{Kek, Keyring};
+use crate::policy::{Clock, Policy};
+use crate::provider::{ProviderFuture, Wait};
+use crate::random::SessionRandom;
+use crate::stats::SessionStats;
+
+use rewrap::RewrapMemo;
+
+/// What a session keeps: its random source, its DEKs, its counters.
+///
+/// Obligation on the owner: one session for each process, made after fork.
+pub struct Session {
+    random: SessionRandom,
+    clock: Box<dyn Clock>,
+    opened: OpenedCache,
+    sealing: SealingCache,
+    rewraps: RewrapMemo,
+    stats: SessionStats,
+    /// Associated data of the value at hand: header prefix and aad, one behind the other.
+    associated: Vec<u8>,
+    /// Payload of the value at hand, as ciphertext.
+    sealed: Vec<u8>,
+}
+
+/// What an operation runs with: the keys and policies of this statement, and a way to wait.
+pub struct Run<'a, W> {
+    /// The configured keys.
+    pub keyring: &'a Keyring,
+    /// The policies.
+    pub policy: Policy,
+    /// Waits for key services.
+    pub wait: &'a mut W,
+}
+
+impl<W: Wait> Run<'_, W> {
+    /// Waits for a call to the service of `kek`.
+    fn call<T>(&mut self, kek: &Kek, future: ProviderFuture<'_, T>) -> Result<T> {
+        self.wait.wait(future).map_err(|source| Error::Service { key: kek.name.clone(), source })
+    }
+}
+
+impl Session {
+    /// A session with nothing in its caches.
+    pub fn new(clock: Box<dyn Clock>) -> Result<Self> {
+        Ok(Session {
+            random: SessionRandom::from_system()?,
+            clock,
+            opened: OpenedCache::new(),
+            sealing: SealingCache::new(),
+            rewraps: RewrapMemo::default(),
+            stats: SessionStats::default(),
+            associated: Vec::new(),
+            sealed: Vec::new(),
+        })
+    }
+
+    /// The counters.
+    pub fn stats(&self) -> &SessionStats {
+        &self.stats
+    }
+
+    /// Number of DEKs kept for decrypting.
+    pub fn cached_deks(&self) -> usize {
+        self.opened.len()
+    }
+
+    /// Drops every DEK. What they encrypted stays readable: through the key service.
+    pub fn clear(&mut self) {
+        self.opened.clear();
+        self.sealing.clear();
+        self.rewraps.clear();
+    }
+
+    /// Drops what is too old. Call it when a statement begins.
+    pub fn expire(&mut self, policy: &Policy) {
+        let now = self.clock.now_ms();
+        self.opened.expire(now, &policy.limits, &mut self.stats);
+        self.sealing.expire(now, &policy.limits);
+    }
+
+    /// Drops what the new keys no longer allow. Call it when the keys have changed.
+    pub fn keys_changed(&mut self, keyring: &Keyring) {
+        self.opened.retain(keyring);
+        self.sealing.retain(keyring);
+        self.rewraps.clear();
+    }
+}

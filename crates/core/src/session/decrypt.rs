@@ -1,0 +1,288 @@
+//! Decrypting, in dual mode: envelopes, direct ciphertext, and plaintext where the policy lets it.
+
+use std::rc::Rc;
+
+use zeroize::Zeroize;
+
+use crate::cache::{KekIdentity, OpenedKey};
+use crate::context::Context;
+use crate::envelope::{FLAG_AAD, FLAGS_AT, Header, Payload};
+use crate::error::{Error, Malformed, Mismatch, Result};
+use crate::keyring::Kek;
+use crate::policy::PlaintextReads;
+use crate::provider::{Wait, WrappedRef};
+use crate::seal::{Derived, ExpandedKey};
+use crate::session::encrypt::bound_prefix;
+use crate::session::{Run, Session};
+use crate::sink::Sink;
+use crate::stored::{Kind, Stored, Value, direct_shape};
+
+/// What the caller says about the value to read.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Reading<'a> {
+    /// The row's identity. It says nothing about versions 0 and 1, which cannot be bound to it.
+    pub aad: Option<&'a str>,
+    /// Pairs that the envelope's context must include.
+    pub context: Option<&'a Context>,
+    /// The version, when the caller knows it: then nothing is guessed.
+    pub version: Option<i32>,
+}
+
+/// As what a value was read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadAs {
+    /// Version 2.
+    Envelope,
+    /// Version 1.
+    Direct,
+    /// Version 0.
+    Plaintext,
+    /// Version 0, and the policy wants a warning.
+    PlaintextWithWarning,
+}
+
+impl Session {
+    /// Decrypts a value into `sink`.
+    pub fn decrypt<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        value: Value<'_>,
+        reading: Reading<'_>,
+        sink: &mut dyn Sink,
+    ) -> Result<ReadAs> {
+        check_version(reading.version)?;
+        match Stored::parse(value)? {
+            Stored::Other(value) => self.read_other(run, value, reading.version, Plain::ByPolicy, sink),
+            _ if matches!(reading.version, Some(0 | 1)) => {
+                Err(Error::VersionMismatch(reading.version.unwrap_or_default()))
+            }
+            Stored::Envelope { header, payload } => {
+                let opened = self.opened_key(run, &header)?;
+                self.open_envelope(&opened, &header, &payload, reading, value.kind(), sink)
+            }
+            Stored::Literal { blob, payload } => {
+                let opened = self.opened_literal(run, &blob)?;
+                self.open_literal(&opened, &payload, reading, value.kind(), sink)
+            }
+        }
+    }
+
+    /// The version of a value, found without a key service: 0, 1 or 2.
+    pub fn version<W>(&self, run: &Run<'_, W>, value: Value<'_>) -> Result<i32> {
+        let Stored::Other(value) = Stored::parse(value)? else {
+            return Ok(2);
+        };
+        let Ok(sealed) = direct_shape(value) else {
+            return Ok(0);
+        };
+        let keys = run.keyring.legacy()?;
+        Ok(i32::from(keys.is_some_and(|keys| Payload::parse(&sealed).is_ok_and(|payload| keys.opens(payload)))))
+    }
+
+    /// Reads a value that is not version 2.
+    pub(super) fn read_other<W>(
+        &mut self,
+        run: &Run<'_, W>,
+        value: Value<'_>,
+        version: Option<i32>,
+        plain: Plain,
+        sink: &mut dyn Sink,
+    ) -> Result<ReadAs> {
+        // The legacy application stores empties as they are, whatever version their row states.
+        if value.bytes().is_empty() {
+            return copy(value.bytes(), sink).map(|()| ReadAs::Plaintext);
+        }
+        match version {
+            Some(2) => Err(Malformed("not an envelope").into()),
+            Some(1) => {
+                let sealed = direct_shape(value)?;
+                self.open_direct(run, &sealed, value.kind(), sink)
+            }
+            Some(_) => read_plaintext(run, value, plain, sink),
+            None => {
+                if let (Some(_), Ok(sealed)) = (run.keyring.legacy()?, direct_shape(value)) {
+                    match self.open_direct(run, &sealed, value.kind(), sink) {
+                        Err(Error::Unverified(Mismatch::Legacy)) => {}
+                        other => return other,
+                    }
+                }
+                read_plaintext(run, value, Plain::ByPolicy, sink)
+            }
+        }
+    }
+
+    fn open_direct<W>(&mut self, run: &Run<'_, W>, sealed: &[u8], kind: Kind, sink: &mut dyn Sink) -> Result<ReadAs> {
+        let keys = run.keyring.legacy_required()?;
+        let payload = Payload::parse(sealed)?;
+        let out = sink.buffer(payload.ciphertext.len())?;
+        keys.open(payload, out)?;
+        check_text(kind, out)?;
+        self.stats.values_decrypted += 1;
+        Ok(ReadAs::Direct)
+    }
+
+    fn open_envelope(
+        &mut self,
+        opened: &OpenedKey,
+        header: &[u8],
+        payload: &[u8],
+        reading: Reading<'_>,
+        kind: Kind,
+        sink: &mut dyn Sink,
+    ) -> Result<ReadAs> {
+        let aad = match (header[FLAGS_AT] & FLAG_AAD != 0, reading.aad) {
+            (true, None) => return Err(Error::Unverified(Mismatch::AadMissing)),
+            (false, Some(_)) => return Err(Error::Unverified(Mismatch::AadUnexpected)),
+            (_, aad) => aad.unwrap_or(""),
+        };
+        check_expected(&opened.context, reading.context)?;
+        self.associated.clear();
+        self.associated.extend_from_slice(bound_prefix(header));
+        self.associated.extend_from_slice(aad.as_bytes());
+        self.open_payload(&opened.key, payload, kind, sink)
+    }
+
+    fn open_literal(
+        &mut self,
+        opened: &OpenedKey,
+        payload: &[u8],
+        reading: Reading<'_>,
+        kind: Kind,
+        sink: &mut dyn Sink,
+    ) -> Result<ReadAs> {
+        check_expected(&opened.context, reading.context)?;
+        self.associated.clear();
+        self.open_payload(&opened.key, payload, kind, sink)
+    }
+
+    fn open_payload(&mut self, key: &ExpandedKey, payload: &[u8], kind: Kind, sink: &mut dyn Sink) -> Result<ReadAs> {
+        let payload = Payload::parse(payload)?;
+        let out = sink.buffer(payload.ciphertext.len())?;
+        out.copy_from_slice(payload.ciphertext);
+        key.open(payload.nonce, &self.associated, out, payload.tag)
+            .map_err(|_| Error::Unverified(Mismatch::Payload))?;
+        check_text(kind, out)?;
+        self.stats.values_decrypted += 1;
+        Ok(ReadAs::Envelope)
+    }
+
+    /// The DEK of a header: out of the cache, or through the first wrap that opens.
+    fn opened_key<W: Wait>(&mut self, run: &mut Run<'_, W>, header: &[u8]) -> Result<Rc<OpenedKey>> {
+        let now = self.clock.now_ms();
+        let limits = run.policy.limits;
+        if let Some(opened) = self.opened.get(header, now, &limits, &mut self.stats) {
+            self.stats.cache_hits += 1;
+            return Ok(opened);
+        }
+        self.stats.cache_misses += 1;
+        let parsed = Header::parse(header)?;
+        let mut failure = None;
+        for wrap in &parsed.wraps {
+            let wrapped = WrappedRef { kek_id: Some(wrap.kek_id), bytes: wrap.wrapped_dek };
+            match unwrap_one(run, wrap.key_name, wrapped, &parsed) {
+                Ok((key, kek)) => {
+                    let opened = OpenedKey { key: Rc::new(key), context: parsed.context, kek, born_ms: now };
+                    let opened = Rc::new(opened);
+                    self.opened.put(header, Rc::clone(&opened), &limits, &mut self.stats);
+                    return Ok(opened);
+                }
+                Err(error) => failure = Some(more_telling(failure, error)),
+            }
+        }
+        Err(failure.expect("a header has at least one wrap"))
+    }
+
+    /// The DEK of a literal form, which names no KEK: the default one is asked.
+    fn opened_literal<W: Wait>(&mut self, run: &mut Run<'_, W>, blob: &[u8]) -> Result<Rc<OpenedKey>> {
+        let now = self.clock.now_ms();
+        let limits = run.policy.limits;
+        if let Some(opened) = self.opened.get(blob, now, &limits, &mut self.stats) {
+            self.stats.cache_hits += 1;
+            return Ok(opened);
+        }
+        self.stats.cache_misses += 1;
+        let kek = run.keyring.for_literal()?;
+        let dek = run.call(kek, kek.provider.unwrap(WrappedRef { kek_id: None, bytes: blob }, &kek.context))?;
+        let key = Rc::new(ExpandedKey::new(dek.expose()));
+        let opened = OpenedKey { key, context: kek.context.clone(), kek: KekIdentity::of(kek), born_ms: now };
+        let opened = Rc::new(opened);
+        self.opened.put(blob, Rc::clone(&opened), &limits, &mut self.stats);
+        Ok(opened)
+    }
+}
+
+/// Whether plaintext is read by the policy, or because the caller converts it and stated version 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Plain {
+    ByPolicy,
+    Stated,
+}
+
+/// Unwraps a DEK through one KEK and checks it against the header's commitment.
+fn unwrap_one<W: Wait>(
+    run: &mut Run<'_, W>,
+    key_name: &str,
+    wrapped: WrappedRef<'_>,
+    header: &Header<'_>,
+) -> Result<(ExpandedKey, KekIdentity)> {
+    let kek = usable_kek(run, key_name, &header.context)?;
+    let dek = run.call(kek, kek.provider.unwrap(wrapped, &header.context))?;
+    let key = Derived::from_dek(&dek).committed(header.commitment)?;
+    Ok((key, KekIdentity::of(kek)))
+}
+
+/// The configured KEK of that name, if it may open an envelope with this context.
+pub(super) fn usable_kek<'a, W>(run: &Run<'a, W>, key_name: &str, context: &Context) -> Result<&'a Kek> {
+    let kek = run.keyring.for_decrypting(key_name)?;
+    if kek.requires_context && !context.includes(&kek.context) {
+        return Err(Error::Unverified(Mismatch::KeyContext));
+    }
+    Ok(kek)
+}
+
+/// Of two failures the one that helps more: a key that was asked tells more than one that is not configured.
+pub(super) fn more_telling(first: Option<Error>, second: Error) -> Error {
+    match first {
+        Some(first) if !matches!(first, Error::UnknownKey(_)) => first,
+        Some(first) if matches!(second, Error::UnknownKey(_)) => first,
+        _ => second,
+    }
+}
+
+pub(super) fn check_version(version: Option<i32>) -> Result<()> {
+    match version {
+        None | Some(0..=2) => Ok(()),
+        Some(_) => Err(Error::UnknownVersion),
+    }
+}
+
+fn check_expected(own: &Context, expected: Option<&Context>) -> Result<()> {
+    match expected {
+        Some(expected) if !own.includes(expected) => Err(Error::Unverified(Mismatch::Context)),
+        _ => Ok(()),
+    }
+}
+
+/// A `text` result must be text: what is not is overwritten and refused.
+fn check_text(kind: Kind, out: &mut [u8]) -> Result<()> {
+    if kind == Kind::Text && (std::str::from_utf8(out).is_err() || out.contains(&0)) {
+        out.zeroize();
+        return Err(Error::NotText);
+    }
+    Ok(())
+}
+
+fn read_plaintext<W>(run: &Run<'_, W>, value: Value<'_>, plain: Plain, sink: &mut dyn Sink) -> Result<ReadAs> {
+    let read_as = match (plain, run.policy.plaintext_reads) {
+        (Plain::Stated, _) | (_, PlaintextReads::Allow) => ReadAs::Plaintext,
+        (_, PlaintextReads::Warn) => ReadAs::PlaintextWithWarning,
+        (_, PlaintextReads::Refuse) => return Err(Error::PlaintextRefused),
+    };
+    copy(value.bytes(), sink)?;
+    Ok(read_as)
+}
+
+pub(super) fn copy(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
+    sink.buffer(bytes.len())?.copy_from_slice(bytes);
+    Ok(())
+}

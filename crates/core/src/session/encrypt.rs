@@ -1,0 +1,152 @@
+//! Encrypting: an envelope under a DEK of this session, or direct under the legacy key.
+
+use std::rc::Rc;
+
+use crate::armor;
+use crate::cache::{KekIdentity, OpenedKey, SealingKey};
+use crate::context::Context;
+use crate::envelope::{PAYLOAD_OVERHEAD, Wrap, write_header};
+use crate::error::{Error, Result};
+use crate::keyring::Kek;
+use crate::legacy::write_payload;
+use crate::policy::WriteFormat;
+use crate::provider::Wait;
+use crate::seal::Derived;
+use crate::session::{Run, Session};
+use crate::sink::Sink;
+use crate::stored::{Kind, Value, is_envelope};
+
+/// What the caller says about the value to encrypt.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Sealing<'a> {
+    /// Name of the KEK; the default one when there is none.
+    pub key: Option<&'a str>,
+    /// Pairs beside the KEK's own.
+    pub context: Option<&'a Context>,
+    /// The row's identity, to bind the payload to.
+    pub aad: Option<&'a str>,
+}
+
+impl Session {
+    /// Encrypts a value that is not an envelope, in the format that the policy says.
+    pub fn encrypt<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        plaintext: Value<'_>,
+        sealing: Sealing<'_>,
+        sink: &mut dyn Sink,
+    ) -> Result<()> {
+        if is_envelope(plaintext) {
+            return Err(Error::AlreadyEnvelope);
+        }
+        match chosen_format(run, sealing.key)? {
+            WriteFormat::Direct => self.seal_direct(run, plaintext.bytes(), plaintext.kind(), sink),
+            _ => self.seal_envelope(run, plaintext.bytes(), plaintext.kind(), sealing, sink),
+        }
+    }
+
+    /// Version 1 under the first legacy key. It has no place for an aad or a context.
+    pub(super) fn seal_direct<W: Wait>(
+        &mut self,
+        run: &Run<'_, W>,
+        plaintext: &[u8],
+        kind: Kind,
+        sink: &mut dyn Sink,
+    ) -> Result<()> {
+        let keys = run.keyring.legacy_required()?;
+        let length = plaintext.len() + PAYLOAD_OVERHEAD;
+        match kind {
+            Kind::Bytes => keys.seal(&mut self.random, plaintext, sink.buffer(length)?)?,
+            Kind::Text => {
+                self.sealed.resize(length, 0);
+                keys.seal(&mut self.random, plaintext, &mut self.sealed)?;
+                let out = sink.buffer(armor::armored_length("", length)?)?;
+                armor::write_armored("", &self.sealed, out);
+            }
+        }
+        self.stats.values_encrypted += 1;
+        Ok(())
+    }
+
+    /// Version 2.
+    pub(super) fn seal_envelope<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        plaintext: &[u8],
+        kind: Kind,
+        sealing: Sealing<'_>,
+        sink: &mut dyn Sink,
+    ) -> Result<()> {
+        let kek = run.keyring.for_encrypting(sealing.key)?;
+        let empty = Context::empty();
+        let own_context = sealing.context.unwrap_or(&empty);
+        let now = self.clock.now_ms();
+        let limits = run.policy.limits;
+        // Looked up twice because a borrow that is returned cannot be given up again.
+        if self.sealing.get(&kek.name, own_context, plaintext.len(), now, &limits).is_none() {
+            let fresh = self.make_dek(run, kek, own_context, now)?;
+            self.sealing.put(&kek.name, own_context, fresh, &limits);
+        }
+        let key = self.sealing.get(&kek.name, own_context, 0, now, &limits).ok_or(Error::TooLarge)?;
+        key.count(plaintext.len());
+        let bound = usize::from(sealing.aad.is_some());
+        self.associated.clear();
+        self.associated.extend_from_slice(bound_prefix(&key.headers[bound]));
+        self.associated.extend_from_slice(sealing.aad.unwrap_or("").as_bytes());
+        let length = plaintext.len() + PAYLOAD_OVERHEAD;
+        match kind {
+            Kind::Bytes => {
+                let header = &key.headers[bound];
+                let out = sink.buffer(header.len().checked_add(length).ok_or(Error::TooLarge)?)?;
+                let (start, payload) = out.split_at_mut(header.len());
+                start.copy_from_slice(header);
+                write_payload(&key.key, &mut self.random, &self.associated, plaintext, payload)?;
+            }
+            Kind::Text => {
+                let head = &key.armored[bound];
+                let out = sink.buffer(armor::armored_length(head, length)?)?;
+                self.sealed.resize(length, 0);
+                write_payload(&key.key, &mut self.random, &self.associated, plaintext, &mut self.sealed)?;
+                armor::write_armored(head, &self.sealed, out);
+            }
+        }
+        self.stats.values_encrypted += 1;
+        Ok(())
+    }
+
+    fn make_dek<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        kek: &Kek,
+        own_context: &Context,
+        now_ms: u64,
+    ) -> Result<SealingKey> {
+        let context = kek.context.with(own_context)?;
+        let (dek, wrapped) = run.call(kek, kek.provider.generate(&context))?;
+        let derived = Derived::from_dek(&dek);
+        drop(dek);
+        let wraps = [Wrap { key_name: &kek.name, kek_id: &wrapped.kek_id, wrapped_dek: &wrapped.bytes }];
+        let header = |has_aad| write_header(has_aad, &context, &wraps, &derived.commitment);
+        let headers = [header(false)?, header(true)?];
+        let key = Rc::new(derived.payload_key);
+        let opened = OpenedKey { key: Rc::clone(&key), context, kek: KekIdentity::of(kek), born_ms: now_ms };
+        self.opened.put(&headers[0], Rc::new(opened), &run.policy.limits, &mut self.stats);
+        self.stats.deks_made += 1;
+        Ok(SealingKey::new(key, headers, KekIdentity::of(kek), now_ms))
+    }
+}
+
+/// Magic to context of a header that is known to be one.
+pub(super) fn bound_prefix(header: &[u8]) -> &[u8] {
+    let pairs = usize::from(u16::from_be_bytes([header[6], header[7]]));
+    &header[..8 + pairs]
+}
+
+fn chosen_format<W>(run: &Run<'_, W>, key: Option<&str>) -> Result<WriteFormat> {
+    match run.policy.write_format {
+        WriteFormat::Auto if key.is_some() || !run.keyring.keks.is_empty() => Ok(WriteFormat::Envelope),
+        WriteFormat::Auto if run.keyring.legacy()?.is_some() => Ok(WriteFormat::Direct),
+        WriteFormat::Auto => Err(Error::NothingConfigured),
+        stated => Ok(stated),
+    }
+}

@@ -1,0 +1,170 @@
+//! Rewrapping: the same payload, its DEK under another KEK or the newest version of its own.
+
+use std::collections::HashMap;
+use std::num::NonZeroUsize;
+
+use lru::LruCache;
+
+use crate::armor;
+use crate::cache::is_young;
+use crate::envelope::{Header, Wrap};
+use crate::error::{Error, Result};
+use crate::keyring::Kek;
+use crate::policy::Limits;
+use crate::provider::{Wait, WrappedDek, WrappedRef};
+use crate::seal::Derived;
+use crate::session::decrypt::{copy, more_telling, usable_kek};
+use crate::session::{Run, Session};
+use crate::sink::Sink;
+use crate::stored::{Kind, Stored, Value};
+
+impl Session {
+    /// Puts an envelope's DEK under the KEK `key`, or the default one, at its newest version. Gives whether anything
+    /// changed; what is up to date comes back as it is, and no service is called for it.
+    pub fn rewrap<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        value: Value<'_>,
+        key: Option<&str>,
+        sink: &mut dyn Sink,
+    ) -> Result<bool> {
+        let (header, payload) = match Stored::parse(value)? {
+            Stored::Envelope { header, payload } => (header, payload),
+            Stored::Literal { .. } => return Err(Error::NotRewrappable),
+            Stored::Other(_) => return Err(crate::error::Malformed("not an envelope").into()),
+        };
+        let header = Header::parse(&header)?;
+        let target = run.keyring.for_encrypting(key)?;
+        if target.requires_context && !header.context.includes(&target.context) {
+            return Err(Error::KeyContext(target.name.clone()));
+        }
+        let own = header.wraps.iter().position(|wrap| wrap.key_name == target.name);
+        if own.is_some_and(|own| self.is_current(run, target, header.wraps[own].kek_id)) {
+            return copy(value.bytes(), sink).map(|()| false);
+        }
+        let (source, fresh) = self.rewrapped(run, target, &header, own)?;
+        if own == Some(source) && header.wraps[source].kek_id == fresh.kek_id {
+            return copy(value.bytes(), sink).map(|()| false);
+        }
+        let mut wraps = header.wraps.clone();
+        wraps[own.unwrap_or(source)] =
+            Wrap { key_name: &target.name, kek_id: &fresh.kek_id, wrapped_dek: &fresh.bytes };
+        write(value.kind(), &header.with_wraps(&wraps)?, &payload, sink)?;
+        self.stats.deks_rewrapped += 1;
+        Ok(true)
+    }
+
+    fn is_current<W>(&mut self, run: &Run<'_, W>, target: &Kek, kek_id: &str) -> bool {
+        let now = self.clock.now_ms();
+        target.provider.is_current(kek_id).unwrap_or_else(|| {
+            self.rewraps.newest(&target.name, now, &run.policy.limits).is_some_and(|newest| newest == kek_id)
+        })
+    }
+
+    /// The DEK under `target`, and through which wrap it was reached: its own wrap first, then the others in order.
+    fn rewrapped<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        target: &Kek,
+        header: &Header<'_>,
+        own: Option<usize>,
+    ) -> Result<(usize, WrappedDek)> {
+        let order = own.into_iter().chain((0..header.wraps.len()).filter(|&at| Some(at) != own));
+        let mut failure = None;
+        for at in order {
+            match self.rewrap_one(run, target, header, &header.wraps[at]) {
+                Ok(fresh) => return Ok((at, fresh)),
+                Err(error) => failure = Some(more_telling(failure, error)),
+            }
+        }
+        Err(failure.expect("a header has at least one wrap"))
+    }
+
+    fn rewrap_one<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        target: &Kek,
+        header: &Header<'_>,
+        wrap: &Wrap<'_>,
+    ) -> Result<WrappedDek> {
+        let source = usable_kek(run, wrap.key_name, &header.context)?;
+        let now = self.clock.now_ms();
+        let limits = run.policy.limits;
+        if let Some(known) = self.rewraps.get(&target.name, wrap, now, &limits) {
+            return Ok(known.clone());
+        }
+        let wrapped = WrappedRef { kek_id: Some(wrap.kek_id), bytes: wrap.wrapped_dek };
+        let inside = target.provider.rewrap_from(&*source.provider, wrapped, &header.context);
+        let fresh = match inside {
+            Some(call) => run.call(target, call)?,
+            None => {
+                let dek = run.call(source, source.provider.unwrap(wrapped, &header.context))?;
+                // A DEK that is not the payload's must not replace the one that is.
+                Derived::from_dek(&dek).committed(header.commitment)?;
+                run.call(target, target.provider.wrap(&dek, &header.context))?
+            }
+        };
+        self.rewraps.put(&target.name, wrap, &fresh, now, &limits);
+        Ok(fresh)
+    }
+}
+
+fn write(kind: Kind, header: &[u8], payload: &[u8], sink: &mut dyn Sink) -> Result<()> {
+    match kind {
+        Kind::Bytes => {
+            let out = sink.buffer(header.len() + payload.len())?;
+            let (start, rest) = out.split_at_mut(header.len());
+            start.copy_from_slice(header);
+            rest.copy_from_slice(payload);
+        }
+        Kind::Text => {
+            let head = armor::armored_head(header);
+            let out = sink.buffer(armor::armored_length(&head, payload.len())?)?;
+            armor::write_armored(&head, payload, out);
+        }
+    }
+    Ok(())
+}
+
+/// What rewrapping learned: each distinct wrapped DEK is moved once, and what a KEK's newest id is. Holds no secret.
+pub(super) struct RewrapMemo {
+    moved: LruCache<Box<[u8]>, (WrappedDek, u64)>,
+    newest: HashMap<String, (String, u64)>,
+}
+
+impl Default for RewrapMemo {
+    fn default() -> Self {
+        RewrapMemo { moved: LruCache::unbounded(), newest: HashMap::new() }
+    }
+}
+
+impl RewrapMemo {
+    pub(super) fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    /// The KEK id that the service used when it last wrapped for `target` in a rewrap of this session. Only rewraps
+    /// count, not encryptions: after an alias was pointed elsewhere, the first rewrap must ask.
+    fn newest(&self, target: &str, now_ms: u64, limits: &Limits) -> Option<&str> {
+        let (kek_id, born_ms) = self.newest.get(target)?;
+        is_young(*born_ms, now_ms, limits).then_some(kek_id)
+    }
+
+    fn get(&mut self, target: &str, wrap: &Wrap<'_>, now_ms: u64, limits: &Limits) -> Option<&WrappedDek> {
+        let (fresh, born_ms) = self.moved.get(&name(target, wrap))?;
+        is_young(*born_ms, now_ms, limits).then_some(fresh)
+    }
+
+    fn put(&mut self, target: &str, wrap: &Wrap<'_>, fresh: &WrappedDek, now_ms: u64, limits: &Limits) {
+        let capacity = NonZeroUsize::new(limits.cache_entries).unwrap_or(NonZeroUsize::MIN);
+        while self.moved.len() >= capacity.get() {
+            self.moved.pop_lru();
+        }
+        self.moved.put(name(target, wrap), (fresh.clone(), now_ms));
+        self.newest.insert(target.to_owned(), (fresh.kek_id.clone(), now_ms));
+    }
+}
+
+fn name(target: &str, wrap: &Wrap<'_>) -> Box<[u8]> {
+    [target.as_bytes(), b"\0", wrap.key_name.as_bytes(), b"\0", wrap.wrapped_dek].concat().into()
+}

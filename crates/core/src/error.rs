@@ -73,6 +73,11 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// What a reader of plaintext is warned with, where the policy says so.
+    pub const PLAINTEXT_WARNING: &'static str = "a value that is not encrypted was read";
+}
+
 /// What about an encoding is wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]

@@ -45,11 +45,11 @@ impl Drop for Slot {
 struct Arena {
     /// Free slots by size in grains.
     free: Vec<Vec<NonNull<u8>>>,
-    regions: usize,
+    regions: Vec<NonNull<u8>>,
 }
 
 thread_local! {
-    static ARENA: RefCell<Arena> = const { RefCell::new(Arena { free: Vec::new(), regions: 0 }) };
+    static ARENA: RefCell<Arena> = const { RefCell::new(Arena { free: Vec::new(), regions: Vec::new() }) };
 }
 
 impl Arena {
@@ -69,7 +69,7 @@ impl Arena {
 
     fn add_region(&mut self, grains: usize) {
         let start = map_region();
-        self.regions += 1;
+        self.regions.push(start);
         let slots = (REGION / (grains * GRAIN)).max(1);
         // SAFETY: every offset lies within the region just mapped.
         let addresses = (0..slots).rev().map(|n| unsafe { start.add(n * grains * GRAIN) });
@@ -100,8 +100,18 @@ fn map_region() -> NonNull<u8> {
     NonNull::new(start.cast()).expect("mmap does not return null")
 }
 
+/// Overwrites every region of this thread.
+pub(crate) fn wipe_regions() {
+    ARENA.with_borrow(|arena| {
+        for region in &arena.regions {
+            // SAFETY: regions stay mapped for the life of the process; the caller promises that nobody uses them.
+            unsafe { std::slice::from_raw_parts_mut(region.as_ptr(), REGION) }.zeroize();
+        }
+    });
+}
+
 /// Bytes that this thread's arena has mapped.
 #[cfg(test)]
 pub(crate) fn mapped_bytes() -> usize {
-    ARENA.with_borrow(|arena| arena.regions * REGION)
+    ARENA.with_borrow(|arena| arena.regions.len() * REGION)
 }

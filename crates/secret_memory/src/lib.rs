@@ -76,6 +76,15 @@ impl<T> fmt::Debug for Locked<T> {
     }
 }
 
+/// Overwrites every secret of this thread, wherever it is held.
+///
+/// # Safety
+/// No [`Locked`] of this thread is used afterwards, nor dropped if its type's destructor looks at its bytes. For a
+/// process that is about to end.
+pub unsafe fn wipe_all() {
+    arena::wipe_regions();
+}
+
 /// Bytes of stack that [`burn_stack`] overwrites: more than a key expansion, an HKDF or the decoding of a key
 /// service's answer uses below its caller.
 const BURN: usize = 48 * 1024;

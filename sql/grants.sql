@@ -1,0 +1,32 @@
+-- Who may do what. PostgreSQL grants EXECUTE on every new function to PUBLIC; here it is taken back from all that
+-- encrypt, decrypt, convert or administer. What stays public reads no secret: envelope_version, envelope_info and
+-- is_envelope need no key service and show what is stored in clear; envelope_cache_clear and session_stats concern
+-- the caller's own session.
+DO $$
+DECLARE
+    extension_schema name := (SELECT n.nspname FROM pg_catalog.pg_extension e
+                              JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) e.extnamespace
+                              WHERE e.extname OPERATOR(pg_catalog.=) 'vod_tender_crypto');
+    signature text;
+BEGIN
+    FOREACH signature IN ARRAY ARRAY[
+        'envelope_encrypt(text, text, jsonb, text)', 'envelope_encrypt(bytea, text, jsonb, text)',
+        'envelope_decrypt(text, text, jsonb, integer)', 'envelope_decrypt(bytea, text, jsonb, integer)',
+        'rewrap(text, text)', 'rewrap(bytea, text)',
+        'envelope_upgrade(text, text, jsonb, text, integer)', 'envelope_upgrade(bytea, text, jsonb, text, integer)',
+        'envelope_downgrade(text, text, integer)', 'envelope_downgrade(bytea, text, integer)'
+    ] LOOP
+        EXECUTE pg_catalog.format('REVOKE ALL ON FUNCTION %I.%s FROM PUBLIC', extension_schema, signature);
+    END LOOP;
+END
+$$;
+
+-- Keys: the owner only, who may grant further.
+REVOKE ALL ON TABLE vod_tender_crypto.kek FROM PUBLIC;
+REVOKE ALL ON FUNCTION vod_tender_crypto.add_key(text, text, jsonb) FROM PUBLIC;
+REVOKE ALL ON FUNCTION vod_tender_crypto.set_key_state(text, text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION vod_tender_crypto.drop_key(text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION vod_tender_crypto.check_key(text, text, jsonb) FROM PUBLIC;
+REVOKE ALL ON FUNCTION vod_tender_crypto.kek_changed() FROM PUBLIC;
+-- Reaching one's own counters needs the schema.
+GRANT USAGE ON SCHEMA vod_tender_crypto TO PUBLIC;

@@ -1,0 +1,218 @@
+//! The functions that people call on values: thin, one core call each. Two of a kind, for `text` and for `bytea`.
+
+use pgrx::prelude::*;
+use pgrx::{JsonB, default};
+use vod_tender_core::info::describe;
+use vod_tender_core::session::{ReadAs, Reading, Run, Sealing, Session};
+use vod_tender_core::stored::{self, Kind, Value};
+use vod_tender_core::{Error, Result};
+
+use crate::arguments::{ContextIn, TextIn};
+use crate::backend;
+use crate::errors::raise;
+use crate::results::{BytesOut, TextOut, Varlena};
+use crate::wait::Waiter;
+
+#[pg_extern(name = "envelope_encrypt", volatile, parallel_restricted)]
+fn envelope_encrypt_text<'a>(
+    plaintext: Option<TextIn<'a>>,
+    key: default!(Option<TextIn<'a>>, "NULL"),
+    context: default!(Option<ContextIn>, "NULL"),
+    aad: default!(Option<TextIn<'a>>, "NULL"),
+) -> Option<TextOut> {
+    encrypt(Value::Text(plaintext?.as_str()), &key, &context, &aad).map(TextOut)
+}
+
+#[pg_extern(name = "envelope_encrypt", volatile, parallel_restricted)]
+fn envelope_encrypt_bytea<'a>(
+    plaintext: Option<&'a [u8]>,
+    key: default!(Option<TextIn<'a>>, "NULL"),
+    context: default!(Option<ContextIn>, "NULL"),
+    aad: default!(Option<TextIn<'a>>, "NULL"),
+) -> Option<BytesOut> {
+    encrypt(Value::Bytes(plaintext?), &key, &context, &aad).map(BytesOut)
+}
+
+#[pg_extern(name = "envelope_decrypt", stable, parallel_restricted)]
+fn envelope_decrypt_text<'a>(
+    value: Option<TextIn<'a>>,
+    aad: default!(Option<TextIn<'a>>, "NULL"),
+    context: default!(Option<ContextIn>, "NULL"),
+    version: default!(Option<i32>, "NULL"),
+) -> Option<TextOut> {
+    decrypt(Value::Text(value?.as_str()), &aad, &context, version).map(TextOut)
+}
+
+#[pg_extern(name = "envelope_decrypt", stable, parallel_restricted)]
+fn envelope_decrypt_bytea<'a>(
+    value: Option<&'a [u8]>,
+    aad: default!(Option<TextIn<'a>>, "NULL"),
+    context: default!(Option<ContextIn>, "NULL"),
+    version: default!(Option<i32>, "NULL"),
+) -> Option<BytesOut> {
+    decrypt(Value::Bytes(value?), &aad, &context, version).map(BytesOut)
+}
+
+#[pg_extern(name = "rewrap", volatile, parallel_restricted)]
+fn rewrap_text<'a>(value: Option<TextIn<'a>>, key: default!(Option<TextIn<'a>>, "NULL")) -> Option<TextOut> {
+    rewrap(Value::Text(value?.as_str()), &key).map(TextOut)
+}
+
+#[pg_extern(name = "rewrap", volatile, parallel_restricted)]
+fn rewrap_bytea<'a>(value: Option<&'a [u8]>, key: default!(Option<TextIn<'a>>, "NULL")) -> Option<BytesOut> {
+    rewrap(Value::Bytes(value?), &key).map(BytesOut)
+}
+
+#[pg_extern(name = "envelope_upgrade", volatile, parallel_restricted)]
+fn envelope_upgrade_text<'a>(
+    value: Option<TextIn<'a>>,
+    key: default!(Option<TextIn<'a>>, "NULL"),
+    context: default!(Option<ContextIn>, "NULL"),
+    aad: default!(Option<TextIn<'a>>, "NULL"),
+    version: default!(Option<i32>, "NULL"),
+) -> Option<TextOut> {
+    upgrade(Value::Text(value?.as_str()), &key, &context, &aad, version).map(TextOut)
+}
+
+#[pg_extern(name = "envelope_upgrade", volatile, parallel_restricted)]
+fn envelope_upgrade_bytea<'a>(
+    value: Option<&'a [u8]>,
+    key: default!(Option<TextIn<'a>>, "NULL"),
+    context: default!(Option<ContextIn>, "NULL"),
+    aad: default!(Option<TextIn<'a>>, "NULL"),
+    version: default!(Option<i32>, "NULL"),
+) -> Option<BytesOut> {
+    upgrade(Value::Bytes(value?), &key, &context, &aad, version).map(BytesOut)
+}
+
+#[pg_extern(name = "envelope_downgrade", volatile, parallel_restricted)]
+fn envelope_downgrade_text<'a>(
+    value: Option<TextIn<'a>>,
+    aad: default!(Option<TextIn<'a>>, "NULL"),
+    version: default!(Option<i32>, "NULL"),
+) -> Option<TextOut> {
+    downgrade(Value::Text(value?.as_str()), &aad, version).map(TextOut)
+}
+
+#[pg_extern(name = "envelope_downgrade", volatile, parallel_restricted)]
+fn envelope_downgrade_bytea<'a>(
+    value: Option<&'a [u8]>,
+    aad: default!(Option<TextIn<'a>>, "NULL"),
+    version: default!(Option<i32>, "NULL"),
+) -> Option<BytesOut> {
+    downgrade(Value::Bytes(value?), &aad, version).map(BytesOut)
+}
+
+#[pg_extern(name = "envelope_version", stable, parallel_restricted)]
+fn envelope_version_text(value: Option<TextIn<'_>>) -> Option<i32> {
+    version(Value::Text(value?.as_str()))
+}
+
+#[pg_extern(name = "envelope_version", stable, parallel_restricted)]
+fn envelope_version_bytea(value: Option<&[u8]>) -> Option<i32> {
+    version(Value::Bytes(value?))
+}
+
+#[pg_extern(name = "envelope_info", stable, parallel_restricted)]
+fn envelope_info_text(value: Option<TextIn<'_>>) -> Option<JsonB> {
+    info(Value::Text(value?.as_str()))
+}
+
+#[pg_extern(name = "envelope_info", stable, parallel_restricted)]
+fn envelope_info_bytea(value: Option<&[u8]>) -> Option<JsonB> {
+    info(Value::Bytes(value?))
+}
+
+#[pg_extern(name = "is_envelope", immutable, parallel_safe)]
+fn is_envelope_text(value: Option<TextIn<'_>>) -> Option<bool> {
+    Some(stored::is_envelope(Value::Text(value?.as_str())))
+}
+
+#[pg_extern(name = "is_envelope", immutable, parallel_safe)]
+fn is_envelope_bytea(value: Option<&[u8]>) -> Option<bool> {
+    Some(stored::is_envelope(Value::Bytes(value?)))
+}
+
+/// Wipes this session's data keys and closes its connections to key services.
+#[pg_extern(volatile, parallel_restricted)]
+fn envelope_cache_clear() {
+    backend::clear();
+}
+
+fn encrypt(
+    plaintext: Value<'_>,
+    key: &Option<TextIn<'_>>,
+    context: &Option<ContextIn>,
+    aad: &Option<TextIn<'_>>,
+) -> Option<Varlena> {
+    let sealing = sealing(key, context, aad);
+    run(plaintext.kind(), |session, run, out| session.encrypt(run, plaintext, sealing, out))
+}
+
+fn decrypt(
+    value: Value<'_>,
+    aad: &Option<TextIn<'_>>,
+    context: &Option<ContextIn>,
+    version: Option<i32>,
+) -> Option<Varlena> {
+    let reading = Reading { aad: text(aad), context: context.as_ref().map(ContextIn::context), version };
+    run(value.kind(), |session, run, out| session.decrypt(run, value, reading, out).map(warn_if_plaintext))
+}
+
+fn rewrap(value: Value<'_>, key: &Option<TextIn<'_>>) -> Option<Varlena> {
+    run(value.kind(), |session, run, out| session.rewrap(run, value, text(key), out).map(drop))
+}
+
+fn upgrade(
+    value: Value<'_>,
+    key: &Option<TextIn<'_>>,
+    context: &Option<ContextIn>,
+    aad: &Option<TextIn<'_>>,
+    version: Option<i32>,
+) -> Option<Varlena> {
+    let sealing = sealing(key, context, aad);
+    run(value.kind(), |session, run, out| session.upgrade(run, value, sealing, version, out).map(warn_if_plaintext))
+}
+
+fn downgrade(value: Value<'_>, aad: &Option<TextIn<'_>>, version: Option<i32>) -> Option<Varlena> {
+    run(value.kind(), |session, run, out| session.downgrade(run, value, text(aad), version, out).map(warn_if_plaintext))
+}
+
+fn version(value: Value<'_>) -> Option<i32> {
+    Some(backend::with(|session, run| session.version(run, value)).unwrap_or_else(|error| raise(&error, value.kind())))
+}
+
+fn info(value: Value<'_>) -> Option<JsonB> {
+    let info = backend::with(|session, run| describe(value, session.version(run, value)?));
+    let info = info.unwrap_or_else(|error| raise(&error, value.kind()));
+    Some(JsonB(serde_json::to_value(info).unwrap_or_default()))
+}
+
+fn sealing<'a>(
+    key: &'a Option<TextIn<'_>>,
+    context: &'a Option<ContextIn>,
+    aad: &'a Option<TextIn<'_>>,
+) -> Sealing<'a> {
+    Sealing { key: text(key), context: context.as_ref().map(ContextIn::context), aad: text(aad) }
+}
+
+fn text<'a>(argument: &'a Option<TextIn<'_>>) -> Option<&'a str> {
+    argument.as_ref().map(TextIn::as_str)
+}
+
+fn run(
+    kind: Kind,
+    work: impl FnOnce(&mut Session, &mut Run<'_, Waiter>, &mut Varlena) -> Result<()>,
+) -> Option<Varlena> {
+    let mut out = Varlena::default();
+    match backend::with(|session, run| work(session, run, &mut out)) {
+        Ok(()) => Some(out),
+        Err(error) => raise(&error, kind),
+    }
+}
+
+fn warn_if_plaintext(read_as: ReadAs) {
+    if read_as == ReadAs::PlaintextWithWarning {
+        warning!("{}", Error::PLAINTEXT_WARNING);
+    }
+}

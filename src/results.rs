@@ -1,0 +1,91 @@
+//! Results in PostgreSQL's own memory: allocated once, written in place, handed over without a copy.
+
+use pgrx::callconv::{BoxRet, FcInfo};
+use pgrx::{impl_sql_translatable, pg_sys};
+use vod_tender_core::Error;
+use vod_tender_core::sink::Sink;
+
+use crate::arguments::from_utf8;
+
+/// Bytes of a varlena's length word.
+const HEADER: usize = pg_sys::VARHDRSZ;
+/// Most bytes that PostgreSQL allocates at once.
+const MAX_ALLOC: usize = 0x3fff_ffff;
+
+/// A varlena under construction, in the current memory context.
+#[derive(Default)]
+pub struct Varlena {
+    start: Option<std::ptr::NonNull<u8>>,
+    length: usize,
+}
+
+impl Sink for Varlena {
+    fn buffer(&mut self, len: usize) -> Result<&mut [u8], Error> {
+        if len > MAX_ALLOC - HEADER {
+            return Err(Error::TooLarge);
+        }
+        // SAFETY: palloc gives that many bytes or raises. Every byte is initialised before a slice is made of them.
+        unsafe {
+            let start = pg_sys::palloc(len + HEADER).cast::<u8>();
+            std::ptr::write_bytes(start, 0, len + HEADER);
+            self.start = std::ptr::NonNull::new(start);
+            self.length = len;
+            Ok(std::slice::from_raw_parts_mut(start.add(HEADER), len))
+        }
+    }
+
+    fn truncate(&mut self, len: usize) {
+        self.length = self.length.min(len);
+    }
+}
+
+impl Varlena {
+    fn content(&mut self) -> &mut [u8] {
+        match self.start {
+            // SAFETY: `buffer` initialised that many bytes behind the header.
+            Some(start) => unsafe { std::slice::from_raw_parts_mut(start.as_ptr().add(HEADER), self.length) },
+            None => &mut [],
+        }
+    }
+
+    fn into_datum(self) -> pg_sys::Datum {
+        let start = self.start.expect("a result was written").as_ptr();
+        // SAFETY: the allocation begins with room for the length word and holds `length` bytes behind it.
+        unsafe { pgrx::varlena::set_varsize_4b(start.cast(), (self.length + HEADER) as i32) };
+        pg_sys::Datum::from(start)
+    }
+}
+
+/// A `bytea` result.
+pub struct BytesOut(pub Varlena);
+
+/// A `text` result: UTF-8, converted to the server's encoding when it is handed over.
+pub struct TextOut(pub Varlena);
+
+impl_sql_translatable!(BytesOut, "bytea");
+impl_sql_translatable!(TextOut, "text");
+
+// SAFETY: the datum is a varlena in the memory context that the function was called in.
+unsafe impl BoxRet for BytesOut {
+    unsafe fn box_into<'fcx>(self, fcinfo: &mut FcInfo<'fcx>) -> pgrx::datum::Datum<'fcx> {
+        // SAFETY: as above.
+        unsafe { fcinfo.return_raw_datum(self.0.into_datum()) }
+    }
+}
+
+// SAFETY: as above.
+unsafe impl BoxRet for TextOut {
+    unsafe fn box_into<'fcx>(mut self, fcinfo: &mut FcInfo<'fcx>) -> pgrx::datum::Datum<'fcx> {
+        if let Some(converted) = from_utf8(self.0.content()) {
+            zeroize::Zeroize::zeroize(self.0.content());
+            let mut other = Varlena::default();
+            match other.buffer(converted.len()) {
+                Ok(out) => out.copy_from_slice(&converted),
+                Err(error) => crate::errors::raise(&error, vod_tender_core::stored::Kind::Text),
+            }
+            self.0 = other;
+        }
+        // SAFETY: as above.
+        unsafe { fcinfo.return_raw_datum(self.0.into_datum()) }
+    }
+}

@@ -85,10 +85,10 @@ impl OpenedCache {
         }
     }
 
-    /// Drops what is too old.
-    pub fn expire(&mut self, now_ms: u64, limits: &Limits, stats: &mut SessionStats) {
+    /// Drops what is too old; gives whether anything was.
+    pub fn expire(&mut self, now_ms: u64, limits: &Limits, stats: &mut SessionStats) -> bool {
         if self.entries.is_empty() || is_young(self.oldest_ms, now_ms, limits) {
-            return;
+            return false;
         }
         let before = self.entries.len();
         let mut oldest_ms = u64::MAX;
@@ -101,6 +101,7 @@ impl OpenedCache {
         });
         self.oldest_ms = oldest_ms;
         stats.cache_expiries += (before - self.entries.len()) as u64;
+        before > self.entries.len()
     }
 
     /// Drops what `keyring` no longer allows.
@@ -214,9 +215,11 @@ impl SealingCache {
         self.entries.get_mut(self.name.as_slice()).expect("it was just put there")
     }
 
-    /// Drops what is too old.
-    pub fn expire(&mut self, now_ms: u64, limits: &Limits) {
+    /// Drops what is too old; gives whether anything was.
+    pub fn expire(&mut self, now_ms: u64, limits: &Limits) -> bool {
+        let before = self.entries.len();
         self.entries.retain(|_, key| is_young(key.born_ms, now_ms, limits));
+        before > self.entries.len()
     }
 
     /// Drops what `keyring` no longer allows to encrypt with.

@@ -19,6 +19,7 @@ use crate::random::SessionRandom;
 use crate::stats::SessionStats;
 
 use rewrap::RewrapMemo;
+use vod_tender_secret_memory::burn_stack;
 
 /// What a session keeps: its random source, its DEKs, its counters.
 ///
@@ -83,13 +84,18 @@ impl Session {
         self.opened.clear();
         self.sealing.clear();
         self.rewraps.clear();
+        // Opening and sealing spill round keys onto the stack; doing this for each value would cost more than the value.
+        burn_stack();
     }
 
     /// Drops what is too old. Call it when a statement begins.
     pub fn expire(&mut self, policy: &Policy) {
         let now = self.clock.now_ms();
-        self.opened.expire(now, &policy.limits, &mut self.stats);
-        self.sealing.expire(now, &policy.limits);
+        let opened = self.opened.expire(now, &policy.limits, &mut self.stats);
+        let sealing = self.sealing.expire(now, &policy.limits);
+        if opened || sealing {
+            burn_stack();
+        }
     }
 
     /// Drops what the new keys no longer allow. Call it when the keys have changed.
@@ -97,5 +103,6 @@ impl Session {
         self.opened.retain(keyring);
         self.sealing.retain(keyring);
         self.rewraps.clear();
+        burn_stack();
     }
 }

@@ -2,10 +2,8 @@
 
 mod clients;
 mod fault;
-mod key;
 
 pub use clients::Clients;
-pub use key::AwsKey;
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
@@ -23,7 +21,7 @@ use vod_tender_secret_memory::burn_stack;
 use zeroize::Zeroizing;
 
 use crate::CallLimits;
-use key::KeyArn;
+use crate::aws_key::{AwsKey, KeyArn};
 
 const SERVICE: &str = "aws-kms";
 

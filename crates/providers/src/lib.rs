@@ -2,6 +2,7 @@
 //! what is called; nothing in an envelope does.
 #![forbid(unsafe_code)]
 
+pub mod aws_key;
 #[cfg(feature = "aws-kms")]
 pub mod aws_kms;
 pub mod broken;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 #[cfg(feature = "aws-kms")]
-use crate::aws_kms::AwsKey;
+use crate::aws_key::AwsKey;
 
 /// Where a KEK is.
 #[derive(Debug, Clone, PartialEq, Eq)]

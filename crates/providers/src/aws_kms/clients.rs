@@ -10,8 +10,8 @@ use aws_sdk_kms::Client;
 use std::time::Duration;
 use vod_tender_core::provider::{Fault, ProviderError};
 
-use super::AwsKey;
 use crate::CallLimits;
+use crate::aws_key::AwsKey;
 
 /// Longest pause between two attempts.
 const MAX_BACKOFF: Duration = Duration::from_secs(5);

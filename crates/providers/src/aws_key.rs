@@ -1,4 +1,4 @@
-//! Names of AWS KMS keys: what a URI configures, and the key ARNs that AWS KMS answers with.
+//! Names of AWS KMS keys: what a URI configures, and the key ARNs that AWS KMS answers with. Knows no SDK.
 
 use std::fmt;
 
@@ -48,7 +48,7 @@ impl AwsKey {
     }
 
     /// What AWS KMS is given as `KeyId`.
-    pub(super) fn id(&self) -> &str {
+    pub fn id(&self) -> &str {
         match &self.name {
             KeyName::KeyArn(arn) => arn.as_str(),
             KeyName::AliasArn { arn, .. } => arn,
@@ -56,25 +56,28 @@ impl AwsKey {
         }
     }
 
-    pub(super) fn region(&self) -> Option<&str> {
+    /// Region, where the URI says it.
+    pub fn region(&self) -> Option<&str> {
         self.region.as_deref().or(self.name.region())
     }
 
-    pub(super) fn endpoint(&self) -> Option<&str> {
+    /// Endpoint, where the URI says it.
+    pub fn endpoint(&self) -> Option<&str> {
         self.endpoint.as_deref()
     }
 
-    pub(super) fn is_alias(&self) -> bool {
+    /// Whether it is an alias, which may stand for another key tomorrow.
+    pub fn is_alias(&self) -> bool {
         matches!(self.name, KeyName::Alias(_) | KeyName::AliasArn { .. })
     }
 
     /// Whether both are asked at the same place.
-    pub(super) fn is_beside(&self, other: &AwsKey) -> bool {
+    pub fn is_beside(&self, other: &AwsKey) -> bool {
         self.region() == other.region() && self.endpoint == other.endpoint
     }
 
     /// Whether `arn` can be the key that this name stands for, or, for an alias, stood for.
-    pub(super) fn may_have_been(&self, arn: &KeyArn) -> bool {
+    pub fn may_have_been(&self, arn: &KeyArn) -> bool {
         match &self.name {
             KeyName::KeyArn(own) => own.is_same_key(arn.as_str()),
             KeyName::AliasArn { region, account, .. } => arn.region() == region && arn.account() == account,
@@ -122,12 +125,13 @@ impl KeyName {
 
 /// The ARN of a key: `arn:PARTITION:kms:REGION:ACCOUNT:key/ID`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct KeyArn {
+pub struct KeyArn {
     arn: String,
 }
 
 impl KeyArn {
-    pub(super) fn parse(arn: &str) -> Option<Self> {
+    /// Parses the ARN of a key; `None` for everything else, aliases included.
+    pub fn parse(arn: &str) -> Option<Self> {
         let fields: Vec<_> = arn.split(':').collect();
         let &["arn", partition, "kms", region, account, resource] = &fields[..] else { return None };
         let id = resource.strip_prefix("key/")?;
@@ -135,7 +139,8 @@ impl KeyArn {
             .then(|| KeyArn { arn: arn.to_owned() })
     }
 
-    pub(super) fn as_str(&self) -> &str {
+    /// The ARN.
+    pub fn as_str(&self) -> &str {
         &self.arn
     }
 
@@ -160,7 +165,7 @@ impl KeyArn {
     }
 
     /// Whether `other` is this key, or its replica in another region.
-    pub(super) fn is_same_key(&self, other: &str) -> bool {
+    pub fn is_same_key(&self, other: &str) -> bool {
         self.arn == other
             || KeyArn::parse(other).is_some_and(|other| {
                 self.is_multi_region()
@@ -171,7 +176,7 @@ impl KeyArn {
     }
 
     /// Whether `other` is in the same partition, region and account.
-    pub(super) fn is_neighbour(&self, other: &KeyArn) -> bool {
+    pub fn is_neighbour(&self, other: &KeyArn) -> bool {
         (1..5).all(|at| self.field(at) == other.field(at))
     }
 }

@@ -50,6 +50,10 @@ pub fn statistics() -> Result<serde_json::Value> {
         let backend = Backend::current(slot)?;
         let mut counters = serde_json::to_value(backend.session.stats()).unwrap_or_default();
         counters["cached_deks"] = backend.session.cached_deks().into();
+        let sum = backend.calls.sum();
+        counters["call_count"] = sum.calls.into();
+        counters["call_total_ms"] = sum.total_ms.into();
+        counters["call_max_ms"] = sum.max_ms.into();
         counters["calls"] = calls_by_service(&backend.calls);
         Ok(counters)
     })

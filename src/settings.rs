@@ -46,7 +46,6 @@ static KMS_ATTEMPT_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(5_000);
 static KMS_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(15_000);
 static KMS_MAX_ATTEMPTS: GucSetting<i32> = GucSetting::<i32>::new(4);
 static KMS_RETRY_BACKOFF: GucSetting<i32> = GucSetting::<i32>::new(200);
-static KMS_CONCURRENCY: GucSetting<i32> = GucSetting::<i32>::new(32);
 
 /// Set whenever a setting changed, also by a rollback.
 static CHANGED: AtomicBool = AtomicBool::new(true);
@@ -219,13 +218,6 @@ pub fn define() {
             &KMS_RETRY_BACKOFF,
             1..=60_000,
             GucFlags::UNIT_MS,
-        ),
-        (
-            c"vod_tender_crypto.kms_concurrency",
-            c"Calls to a key service that a session has under way at once.",
-            &KMS_CONCURRENCY,
-            1..=1024,
-            none,
         ),
     ] {
         define_number(name, about, setting, range, GucContext::Userset, unit);

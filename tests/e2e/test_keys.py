@@ -274,6 +274,33 @@ def test_no_function_that_handles_values_is_public(cluster):
     assert not any(leakproof for _, _, _, leakproof in rows)
 
 
+def test_shadowing_objects_see_nothing(cluster):
+    """Functions, operators and tables of the caller's, first on its search path, are not what administration uses."""
+    with cluster.connect() as connection:
+        connection.execute("""
+            CREATE SCHEMA evil;
+            CREATE TABLE evil.seen (what text);
+            CREATE FUNCTION evil.note(a text, b text) RETURNS boolean LANGUAGE plpgsql AS
+                $$ BEGIN INSERT INTO evil.seen VALUES (a || b); RETURN true; END $$;
+            CREATE OPERATOR evil.= (LEFTARG = text, RIGHTARG = text, FUNCTION = evil.note);
+            CREATE FUNCTION evil.format(text, text) RETURNS text LANGUAGE plpgsql AS
+                $$ BEGIN INSERT INTO evil.seen VALUES ($1); RETURN $1; END $$;
+            CREATE FUNCTION evil.check_key(text, text, jsonb) RETURNS boolean LANGUAGE sql AS 'SELECT true';
+            CREATE TEMP TABLE kek (name text, uri text, context jsonb, state text);
+            INSERT INTO kek VALUES ('default', 'local:///forged', '{}', 'active');
+            SET search_path = evil, pg_temp, public, pg_catalog""")
+        path = add_local_key(cluster, connection, "default")
+        connection.execute("SELECT vod_tender_crypto.set_key_state('default', 'decrypt_only')")
+        connection.execute("SELECT vod_tender_crypto.set_key_state('default', 'active')")
+        value = one(connection, "SELECT envelope_encrypt('token', aad => 'row')")
+        assert one(connection, "SELECT envelope_decrypt(%s, aad => 'row')", value) == "token"
+        with fails(UNKNOWN_KEY):
+            connection.execute("SELECT vod_tender_crypto.drop_key('nope')")
+        rows = connection.execute("SELECT name, uri FROM vod_tender_crypto.kek").fetchall()
+        assert rows == [("default", f"local://{path}")]
+        assert one(connection, "SELECT count(*) FROM evil.seen") == 0
+
+
 # -- dump and restore --------------------------------------------------------------------------------------------
 
 

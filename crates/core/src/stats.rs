@@ -53,6 +53,15 @@ impl CallLog {
         Call { log: self.clone(), service, operation, outcome: "cancelled", began: Instant::now() }
     }
 
+    /// Number and time of all calls.
+    pub fn sum(&self) -> CallTotals {
+        self.0.borrow().values().fold(CallTotals::default(), |sum, totals| CallTotals {
+            calls: sum.calls + totals.calls,
+            total_ms: sum.total_ms + totals.total_ms,
+            max_ms: sum.max_ms.max(totals.max_ms),
+        })
+    }
+
     /// All counts so far.
     pub fn totals(&self) -> BTreeMap<CallKey, CallTotals> {
         self.0.borrow().clone()
@@ -109,5 +118,6 @@ mod tests {
         for outcome in ["ok", "denied", "cancelled"] {
             assert_eq!(totals[&("s", "op", outcome)].calls, 1);
         }
+        assert_eq!(log.sum().calls, 3);
     }
 }

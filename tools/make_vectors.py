@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import hmac
 import json
-import sys
 from pathlib import Path
 from typing import Dict, List, Optional
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from vod_tender_decrypt import MAGIC, PREFIX, derive, encode_context  # noqa: E402
 
+MAGIC, PREFIX = bytes.fromhex("8f565432"), "kms:v2:"
 VECTORS = Path(__file__).resolve().parent.parent / "tests" / "vectors"
 KEKS = {name: hashlib.sha256(f"kek {name}".encode()).digest() for name in ("main", "spare")}
 
@@ -36,6 +35,21 @@ def b64(data: bytes) -> str:
 def counted(data: bytes, width: int = 2) -> bytes:
     """A field behind its length."""
     return len(data).to_bytes(width, "big") + data
+
+
+def derive(key: bytes, info: bytes, length: int, salt: bytes = bytes(32)) -> bytes:
+    """HKDF-SHA-256 from RFC 5869's own words: the decoder uses a library's, so each checks the other."""
+    extracted, block, output = hmac.digest(salt, key, "sha256"), b"", b""
+    for number in range(1, -(-length // 32) + 1):
+        block = hmac.digest(extracted, block + info + bytes([number]), "sha256")
+        output += block
+    return output[:length]
+
+
+def encode_context(context: Dict[str, str]) -> bytes:
+    """Context length and pairs, ordered by the names' bytes."""
+    pairs = sorted((name.encode(), value.encode()) for name, value in context.items())
+    return counted(b"".join(counted(name) + counted(value) for name, value in pairs))
 
 
 def local_wrap(name: str, label: str, dek: bytes, context: bytes) -> "tuple[str, str, bytes]":
@@ -107,15 +121,19 @@ APP = {"Application": "vod-tender", "Purpose": "oauth-token"}
 def positive() -> List[dict]:
     """Envelopes that open."""
     unicode_context = {"tenant": "", "назначение": "ключ", "zz": "last", "A": "first"}
+    # U+FF5E sorts before U+1F511 by bytes and behind it by UTF-16 units; a prefix sorts first; \u00e9 is not e\u0301.
+    order_context = {"\U0001f511": "1", "\uff5e": "2", "aa": "3", "a": "4", "e\u0301": "5", "\u00e9": "6"}
     return [
         Sample("empty", b"", APP).vector("an empty plaintext"),
         Sample("one byte", b"x", APP).vector("the shortest plaintext with a byte"),
-        Sample("token", b"ya29.a0AfH6SMBx-example", APP, "twitch/chan1/access_token").vector("as an application writes"),
-        Sample("unicode", "contraseña-ключ-鍵-🔑".encode(), APP, "ряд/1").vector("text beyond ASCII in value and aad"),
+        Sample("token", b"ya29.a0AfH6SMBx-example", APP, "twitch/chan1/access_token").vector("as applications do"),
+        Sample("unicode", "contraseña-ключ-鍵-🔑".encode(), APP, "ряд/1").vector("beyond ASCII"),
         Sample("4 KiB", b"t" * 4096, APP).vector("many blocks"),
         Sample("bytes", bytes(range(128, 256)), APP).vector("bytes that are no text"),
         Sample("no context", b"x", {}).vector("no context pairs"),
         Sample("many pairs", b"x", unicode_context).vector("pairs are ordered by bytes; a value may be empty"),
+        Sample("order of names", b"x", order_context).vector("bytes, not characters or UTF-16 units, order the names"),
+        Sample("U+0000", b"a\0b\n", APP, "a\nb").vector("nothing is trimmed or ends early"),
         Sample("empty aad", b"x", APP, "").vector("an aad of no bytes is an aad"),
         Sample("no aad", b"x", APP).vector("the flag is clear without an aad"),
         Sample("two wraps", b"x", APP, "row", ("elsewhere", "spare")).vector("the first KEK is not configured"),
@@ -161,14 +179,20 @@ def _malformed_headers(good: Sample) -> List[dict]:
         ("NUL in a context value", counted(pair(b"a", b"\0"))),
         ("context not UTF-8", counted(pair(b"a", b"\xff"))),
         ("context pair cut off", counted(pair(b"a", b"x")[:-1])),
+        ("context value of a surrogate", counted(pair(b"a", b"\xed\xa0\x80"))),
+        ("context value with an overlong NUL", counted(pair(b"a", b"\xc0\x80"))),
+        ("context length one too short", (len(context) - 3).to_bytes(2, "big") + context[2:]),
+        ("context length one too long", (len(context) - 1).to_bytes(2, "big") + context[2:]),
         ("context length too long", (len(context) + 5000).to_bytes(2, "big") + context[2:]),
     ]
     wraps = [
         ("no wraps", []), ("key name twice", [wrap, wrap]), ("key name empty", [("", *wrap[1:])]),
-        ("key name begins with a dash", [("-main", *wrap[1:])]), ("key name with a space", [("ma in", *wrap[1:])]),
+        ("key name begins with a dash", [("-main", *wrap[1:])]), ("key name begins with a dot", [(".main", *wrap[1:])]),
+        ("key name with a space", [("ma in", *wrap[1:])]),
         ("key name of 64 bytes", [("k" * 64, *wrap[1:])]), ("key name beyond ASCII", [("ma\xefn", *wrap[1:])]),
         ("KEK id empty", [(wrap[0], "", wrap[2])]), ("KEK id of 2049 bytes", [(wrap[0], "x" * 2049, wrap[2])]),
         ("KEK id with a space", [(wrap[0], "a b", wrap[2])]), ("KEK id beyond ASCII", [(wrap[0], "\xe9", wrap[2])]),
+        ("KEK id with DEL", [(wrap[0], "a\x7f", wrap[2])]),
         ("KEK id with a newline", [(wrap[0], "a\n", wrap[2])]),
         ("wrapped DEK empty", [(*wrap[:2], b"")]), ("wrapped DEK of 4097 bytes", [(*wrap[:2], b"x" * 4097)]),
     ]
@@ -188,6 +212,8 @@ def _malformed_texts(good: Sample) -> List[dict]:
     text, head, payload = armor(good.header, good.payload), b64(good.header), b64(good.payload)
     # A payload whose base64 ends in two pads: its last character has four bits that must be zero.
     loose = b64(good.payload + bytes((1 - len(good.payload)) % 3))
+    whole, loose_head = good.header + good.payload, head.rstrip("=")
+    loose_head = loose_head[:-1] + chr(ord(loose_head[-1]) + 1) + head[len(loose_head):]
     trailing_bits = loose[:-3] + chr(ord(loose[-3]) + 1) + "=="
     texts = [
         ("header without commitment", armor(good.header[:-32], good.payload)),
@@ -196,12 +222,20 @@ def _malformed_texts(good: Sample) -> List[dict]:
         ("payload empty", f"{PREFIX}{head}:"), ("head empty", f"{PREFIX}:{payload}"),
         ("no colon", f"{PREFIX}{head}"), ("prefix alone", PREFIX), ("one colon too many", text + ":"),
         ("a third part", f"{text}:{payload}"), ("padding missing", f"{PREFIX}{head}:{loose.rstrip('=')}"),
-        ("trailing bits", f"{PREFIX}{head}:{trailing_bits}"), ("newline behind", text + "\n"), ("space behind", text + " "),
-        ("space before the payload", f"{PREFIX}{head}: {payload}"), ("newline inside", f"{PREFIX}{head[:8]}\n{head[8:]}:{payload}"),
-        ("URL alphabet", f"{PREFIX}{head}:-_{payload[2:]}"), ("blob of 6145 bytes", armor(b"\x01" * 6145, good.payload)),
+        ("trailing bits", f"{PREFIX}{head}:{trailing_bits}"),
+        ("newline behind", text + "\n"), ("space behind", text + " "),
+        ("trailing bits in the header", f"{PREFIX}{loose_head}:{payload}"),
+        ("padding missing in the header", f"{PREFIX}{head.rstrip('=')}:{payload}"),
+        ("padding too long", f"{PREFIX}{head}:{loose}===="), ("payload in the header's part", armor(whole, b"")),
+        ("space before the payload", f"{PREFIX}{head}: {payload}"),
+        ("newline inside", f"{PREFIX}{head[:8]}\n{head[8:]}:{payload}"),
+        ("URL alphabet", f"{PREFIX}{head}:-_{payload[2:]}"),
+        ("blob of 6145 bytes", armor(b"\x01" * 6145, good.payload)),
+        ("blob with a payload of 27 bytes", armor(b"\x01" * 8, good.payload[:27])),
         ("malformed inside base64", b64(f"{PREFIX}{head}".encode())),
     ]
-    others = [("wrapped twice more", b64(b64(text.encode()).encode())), ("capital prefix", text.replace("kms", "KMS"))]
+    others = [("wrapped twice more", b64(b64(text.encode()).encode())), ("capital prefix", text.replace("kms", "KMS")),
+              ("space before the prefix", " " + text)]
     return [_entry(name, name, value) for name, value in texts] + \
         [_entry(name, name, value, "other") for name, value in others]
 
@@ -210,7 +244,9 @@ def _malformed_binaries(good: Sample) -> List[dict]:
     whole = good.header + good.payload
     return [
         _entry("payload of 27 bytes (bytea)", "payload cut off", good.header + good.payload[:27]),
+        _entry("header without commitment (bytea)", "the payload would be short", good.header[:-32] + good.payload),
         _entry("magic alone", "cut off", MAGIC), _entry("header alone", "no payload", good.header),
+        _entry("a byte before the magic", "not version 2", b"\0" + whole, "other"),
         _entry("another magic", "not version 2", b"\x8fVT3" + whole[4:], "other"),
     ]
 
@@ -218,20 +254,35 @@ def _malformed_binaries(good: Sample) -> List[dict]:
 def _unverified(good: Sample, other: Sample) -> List[dict]:
     flip = lambda data, at: data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]  # noqa: E731
     whole, aad = good.header + good.payload, good.aad
+    blank, two = Sample("empty aad", b"x", APP, ""), Sample("token", good.plaintext, APP, aad, ("main", "spare"))
     renamed = good.header.replace(b"vod-tender", b"vod-tendeR") + good.payload
-    swapped = header(good.bound, other.wraps, good.commitment) + good.payload
+    changed = {**APP, "Purpose": "another"}
+    anew = [local_wrap("main", "anew", good.dek, encode_context(changed))]
     cases = [
-        ("another aad", whole, "twitch/chan2/access_token"), ("no aad given", whole, None), ("empty aad given", whole, ""),
+        ("another aad", whole, "twitch/chan2/access_token"),
+        ("no aad given", whole, None), ("empty aad given", whole, ""),
         ("an aad given and none bound", other.header + other.payload, "row"),
+        ("empty aad bound and none given", blank.header + blank.payload, None),
+        ("no aad bound and an empty one given", other.header + other.payload, ""),
         ("tag changed", flip(whole, len(whole) - 1), aad), ("ciphertext changed", flip(whole, len(whole) - 20), aad),
         ("nonce changed", flip(whole, len(good.header)), aad),
         ("commitment changed", flip(whole, len(good.header) - 1), aad), ("context changed", renamed, aad),
+        ("context changed and the DEK wrapped for it",
+         header(bound_prefix(aad, encode_context(changed)), anew, good.commitment) + good.payload, aad),
+        ("wrap count too low", header(good.bound, two.wraps, good.commitment, count=1) + good.payload, aad),
         ("aad flag cleared", flip(whole, 5), None), ("another payload", good.header + other.payload, aad),
         ("trailing byte", whole + b"\0", aad),
     ]
     made = [_entry(name, name, value, "unverified", with_aad) for name, value, with_aad in cases]
-    wrapped = _entry("another envelope's wrap", "its DEK is not the one committed to", swapped, "unopenable", aad)
-    return made + [wrapped]
+    name, kek_id, sealed = good.wraps[0]
+    wraps = [
+        ("another envelope's wrap", "its DEK is not the one committed to", other.wraps),
+        ("a wrap for another context", "the context is bound to the wrap", anew),
+        ("wrapped DEK changed", "its tag does not fit", [(name, kek_id, flip(sealed, 80))]),
+        ("salt of the wrap changed", "another key comes from it", [(name, kek_id, flip(sealed, 1))]),
+    ]
+    return made + [_entry(title, why, header(good.bound, each, good.commitment) + good.payload, "unopenable", aad)
+                   for title, why, each in wraps]
 
 
 def files() -> Dict[str, str]:

@@ -71,12 +71,8 @@ impl LocalKek {
     fn unwrap_now(&self, wrapped: WrappedRef<'_>, context: &Context) -> Result<Dek> {
         let kek = self.read()?;
         if wrapped.kek_id != Some(&kek.id()) {
-            let message = format!(
-                "the data key was wrapped under {}, and KEK file \"{}\" holds {}",
-                wrapped.kek_id.unwrap_or("an unnamed key"),
-                self.path.display(),
-                kek.id()
-            );
+            let recorded = wrapped.kek_id.unwrap_or("an unnamed key");
+            let message = format!("the data key was wrapped under {recorded}, and the KEK file holds {}", kek.id());
             return Err(ProviderError::new(Fault::Unverified, message));
         }
         let unverified = || ProviderError::new(Fault::Unverified, "the wrapped data key does not verify");

@@ -1,6 +1,6 @@
 -- Who may do what. PostgreSQL grants EXECUTE on every new function to PUBLIC; here it is taken back from all that
 -- encrypt, decrypt, convert or administer. What stays public reads no secret: envelope_version, envelope_info and
--- is_envelope need no key service and show what is stored in clear; envelope_cache_clear and session_stats concern
+-- is_envelope call no key service and show what is stored in clear (and whether a legacy key opens it); envelope_cache_clear and session_stats concern
 -- the caller's own session.
 DO $$
 DECLARE
@@ -21,7 +21,7 @@ BEGIN
 END
 $$;
 
--- Keys: the owner only, who may grant further.
+-- Keys: the owner only. To let another role configure them, grant the functions and the table.
 REVOKE ALL ON TABLE vod_tender_crypto.kek FROM PUBLIC;
 REVOKE ALL ON FUNCTION vod_tender_crypto.add_key(text, text, jsonb) FROM PUBLIC;
 REVOKE ALL ON FUNCTION vod_tender_crypto.set_key_state(text, text) FROM PUBLIC;

@@ -21,9 +21,11 @@ mod vod_tender_crypto {
     /// True for what can be a row of the table `kek`; an error that says why for everything else.
     #[pg_extern(immutable, parallel_safe)]
     fn check_key(name: Option<TextIn<'_>>, uri: Option<TextIn<'_>>, context: Option<ContextIn>) -> bool {
-        let (Some(name), Some(uri), Some(_)) = (&name, &uri, &context) else {
+        let (Some(name), Some(uri), Some(context)) = (&name, &uri, &context) else {
             invalid("a key has a name, a URI and a context", "The context may be '{}'.")
         };
+        // Raises where the JSON is no context.
+        context.context();
         if !is_key_name(name.as_str()) {
             invalid(
                 "unusable name for a key",

@@ -12,12 +12,17 @@ use vod_tender_core::stored::Kind;
 use crate::errors::raise;
 
 /// A `text` argument, in UTF-8; borrowed from the argument where that is possible.
-pub struct TextIn<'fcx>(Cow<'fcx, str>);
+pub struct TextIn<'fcx>(Option<Cow<'fcx, str>>);
 
 impl TextIn<'_> {
-    /// The text.
+    /// The text; an error when it is not UTF-8, which only a database in SQL_ASCII can hold.
     pub fn as_str(&self) -> &str {
-        &self.0
+        self.get().unwrap_or_else(|| raise(&Error::ArgumentNotText, Kind::Text))
+    }
+
+    /// The text, if it is UTF-8.
+    pub fn get(&self) -> Option<&str> {
+        self.0.as_deref()
     }
 }
 
@@ -33,12 +38,12 @@ unsafe impl<'fcx> ArgAbi<'fcx> for TextIn<'fcx> {
 }
 
 /// A `jsonb` argument that is a context.
-pub struct ContextIn(Context);
+pub struct ContextIn(Result<Context, Error>);
 
 impl ContextIn {
-    /// The context.
+    /// The context; an error when the JSON is not one.
     pub fn context(&self) -> &Context {
-        &self.0
+        self.0.as_ref().unwrap_or_else(|error| raise(error, Kind::Text))
     }
 }
 
@@ -53,44 +58,58 @@ unsafe impl<'fcx> ArgAbi<'fcx> for ContextIn {
             pgrx::direct_function_call::<&CStr>(pg_sys::jsonb_out, &[datum])
         };
         let json = to_utf8(json.map(CStr::to_bytes).unwrap_or_default());
-        ContextIn(Context::from_json(&json).unwrap_or_else(|error| raise(&error, Kind::Text)))
+        ContextIn(json.ok_or(Error::ArgumentNotText).and_then(|json| Context::from_json(&json)))
     }
 }
 
-/// Bytes in the server's encoding as UTF-8.
-fn to_utf8(bytes: &[u8]) -> Cow<'_, str> {
-    let utf8 = match std::str::from_utf8(bytes) {
-        Ok(text) if server_is_utf8() || text.is_ascii() => return Cow::Borrowed(text),
-        Ok(text) if server_is_ascii() => return Cow::Borrowed(text),
-        Err(_) if server_is_ascii() => raise(&Error::NotText, Kind::Text),
-        _ => convert(bytes, pg_sys::pg_server_to_any),
-    };
-    String::from_utf8(utf8).map(Cow::Owned).unwrap_or_else(|_| raise(&Error::NotText, Kind::Text))
+/// Bytes in the server's encoding as UTF-8; `None` when they have no such form.
+fn to_utf8(bytes: &[u8]) -> Option<Cow<'_, str>> {
+    if server_is(pg_sys::pg_enc::PG_UTF8) || server_is(pg_sys::pg_enc::PG_SQL_ASCII) || bytes.is_ascii() {
+        return std::str::from_utf8(bytes).ok().map(Cow::Borrowed);
+    }
+    let utf8 = convert(bytes, server_encoding(), UTF8)?;
+    String::from_utf8(utf8).ok().map(Cow::Owned)
 }
 
-/// UTF-8 in the server's encoding; `None` where it is the same already.
-pub fn from_utf8(text: &[u8]) -> Option<Vec<u8>> {
-    let same = server_is_utf8() || server_is_ascii() || text.is_ascii();
-    (!same).then(|| convert(text, pg_sys::pg_any_to_server))
+/// A `text` result in the server's encoding.
+pub enum InServerEncoding {
+    /// UTF-8 as it is.
+    Same,
+    /// Other bytes.
+    Converted(Vec<u8>),
+    /// The server's encoding has no such characters.
+    Impossible,
 }
 
-type Conversion = unsafe fn(*const std::ffi::c_char, c_int, c_int) -> *mut std::ffi::c_char;
+/// UTF-8 in the server's encoding.
+pub fn from_utf8(text: &[u8]) -> InServerEncoding {
+    if server_is(pg_sys::pg_enc::PG_UTF8) || server_is(pg_sys::pg_enc::PG_SQL_ASCII) || text.is_ascii() {
+        return InServerEncoding::Same;
+    }
+    convert(text, UTF8, server_encoding()).map_or(InServerEncoding::Impossible, InServerEncoding::Converted)
+}
 
-fn convert(bytes: &[u8], conversion: Conversion) -> Vec<u8> {
-    let utf8 = pg_sys::pg_enc::PG_UTF8 as c_int;
-    // SAFETY: PostgreSQL reads `bytes.len()` bytes and gives them back, or a C string of its own, which is copied,
-    // overwritten and freed.
-    unsafe {
-        let converted = conversion(bytes.as_ptr().cast(), bytes.len() as c_int, utf8);
-        if converted.cast_const().cast() == bytes.as_ptr() {
-            return bytes.to_vec();
+const UTF8: c_int = pg_sys::pg_enc::PG_UTF8 as c_int;
+
+/// Converts between encodings; `None` where that is not possible. PostgreSQL's usual functions for this quote the bytes
+/// that they cannot convert in their error, and those may be a secret's.
+fn convert(bytes: &[u8], from: c_int, to: c_int) -> Option<Vec<u8>> {
+    let length = c_int::try_from(bytes.len()).ok()?;
+    // No encoding needs more than four times the bytes; one more is for the end of the C string.
+    let room = length.checked_mul(4)?.checked_add(1)?;
+    let mut converted = vec![0u8; room as usize];
+    // SAFETY: PostgreSQL reads `length` bytes and writes at most `room`, a C string; `noError` keeps it from raising.
+    let consumed = unsafe {
+        let procedure = pg_sys::FindDefaultConversionProc(from, to);
+        if procedure == pg_sys::InvalidOid {
+            return None;
         }
-        let text = CStr::from_ptr(converted).to_bytes();
-        let copy = text.to_vec();
-        std::ptr::write_bytes(converted, 0, copy.len());
-        pg_sys::pfree(converted.cast());
-        copy
-    }
+        let (source, target) = (bytes.as_ptr().cast_mut(), converted.as_mut_ptr());
+        pg_sys::pg_do_encoding_conversion_buf(procedure, from, to, source, length, target, room, true)
+    };
+    let end = converted.iter().position(|&byte| byte == 0)?;
+    converted.truncate(end);
+    (consumed == length).then_some(converted)
 }
 
 fn server_encoding() -> c_int {
@@ -98,10 +117,6 @@ fn server_encoding() -> c_int {
     unsafe { pg_sys::GetDatabaseEncoding() }
 }
 
-fn server_is_utf8() -> bool {
-    server_encoding() == pg_sys::pg_enc::PG_UTF8 as c_int
-}
-
-fn server_is_ascii() -> bool {
-    server_encoding() == pg_sys::pg_enc::PG_SQL_ASCII as c_int
+fn server_is(encoding: pg_sys::pg_enc::Type) -> bool {
+    server_encoding() == encoding as c_int
 }

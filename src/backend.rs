@@ -118,31 +118,15 @@ impl Backend {
         }
         let legacy_file = configuration::legacy_file_stamp();
         if catalog::take_changed() || settings_changed || legacy_file != self.legacy_file {
-            // If reading fails, it is read again next time: until then the flag says so.
-            let unread = Unread;
+            // If reading fails, the flag says that it must be read again; a change that comes meanwhile sets it too.
+            catalog::set_unread(true);
             self.keyring = configuration::read_keyring(&self.services);
-            unread.was_read();
+            catalog::set_unread(false);
             self.legacy_file = legacy_file;
             self.session.keys_changed(&self.keyring);
         }
         self.session.expire(&self.policy);
         self.statement = statement;
-    }
-}
-
-/// Marks the catalog as unread again, unless the reading came to its end.
-struct Unread;
-
-impl Unread {
-    #[allow(clippy::mem_forget)]
-    fn was_read(self) {
-        std::mem::forget(self);
-    }
-}
-
-impl Drop for Unread {
-    fn drop(&mut self) {
-        catalog::set_changed();
     }
 }
 

@@ -22,17 +22,24 @@ pub struct KekRow {
 
 /// Set by PostgreSQL's invalidation messages when the table changed.
 static CHANGED: AtomicBool = AtomicBool::new(true);
+/// Set while the table is being read, and left set when that fails.
+static UNREAD: AtomicBool = AtomicBool::new(false);
 /// The table, once it was looked up.
 static TABLE: AtomicU32 = AtomicU32::new(0);
 
 /// Whether the table changed since [`take_changed`].
 pub fn changed() -> bool {
-    CHANGED.load(Ordering::Relaxed)
+    CHANGED.load(Ordering::Relaxed) || UNREAD.load(Ordering::Relaxed)
 }
 
 /// Whether the table changed since this was last asked.
 pub fn take_changed() -> bool {
-    CHANGED.swap(false, Ordering::Relaxed)
+    CHANGED.swap(false, Ordering::Relaxed) || UNREAD.load(Ordering::Relaxed)
+}
+
+/// Says that reading begins (true) or has come to its end (false).
+pub fn set_unread(unread: bool) {
+    UNREAD.store(unread, Ordering::Relaxed);
 }
 
 /// Says that the table must be read again.

@@ -10,7 +10,6 @@ use vod_tender_core::provider::KeyProvider;
 use vod_tender_providers::broken::BrokenKek;
 use vod_tender_providers::secret_file::{self, FileStamp};
 use vod_tender_providers::{KekUri, Services, UriError};
-use zeroize::Zeroizing;
 
 use crate::catalog::{self, KekRow};
 use crate::settings;
@@ -31,7 +30,8 @@ fn from_row(row: KekRow, services: &Services) -> Option<Kek> {
 }
 
 fn from_environment(services: &Services) -> Option<Kek> {
-    let value = std::env::var("KMS_KEY_ID").ok().filter(|value| !value.is_empty())?;
+    let value = std::env::var_os("KMS_KEY_ID").filter(|value| !value.is_empty())?;
+    let value = value.to_string_lossy().into_owned();
     let uri = KekUri::parse_environment(&value);
     let context = settings::encryption_context();
     // It is the only key of its kind, so no other key's envelopes can be passed off as its own; and the setting that
@@ -72,10 +72,13 @@ fn read_legacy() -> Legacy {
                 return BAD_FILE;
             }
         }
+        // An empty file is a mistake: taken for "no legacy key", it would let ciphertext pass for plaintext.
+        if keys.is_empty() {
+            return BAD_FILE;
+        }
     }
-    if let Ok(value) = std::env::var("ENCRYPTION_KEY").map(Zeroizing::new)
-        && !value.is_empty()
-        && !keys.add_base64(value.trim_end())
+    if let Some(value) = std::env::var_os("ENCRYPTION_KEY").filter(|value| !value.is_empty())
+        && !value.to_str().is_some_and(|value| keys.add_base64(value.trim_end()))
     {
         return Legacy::Broken("ENCRYPTION_KEY in the server's environment is not base64 of 32 bytes");
     }

@@ -12,7 +12,7 @@ use vod_tender_core::stored::Kind;
 /// Raises an error as PostgreSQL's ERROR. `kind` is the type of the value at hand.
 #[track_caller]
 pub fn raise(error: &Error, kind: Kind) -> ! {
-    let mut report = ErrorReport::new(sqlstate(error, kind), sentence(error), "vod_tender_crypto");
+    let mut report = ErrorReport::new(sqlstate(error, kind), error.to_string(), "vod_tender_crypto");
     if let Some(detail) = detail(error) {
         report = report.set_detail(detail);
     }
@@ -34,15 +34,16 @@ fn sqlstate(error: &Error, kind: Kind) -> PgSqlErrorCode {
         Error::Malformed(_) if kind == Kind::Text => Code::ERRCODE_INVALID_TEXT_REPRESENTATION,
         Error::Malformed(_) => Code::ERRCODE_INVALID_BINARY_REPRESENTATION,
         Error::Unverified(_) => Code::ERRCODE_EXTERNAL_ROUTINE_INVOCATION_EXCEPTION,
-        Error::NotText => Code::ERRCODE_CHARACTER_NOT_IN_REPERTOIRE,
+        Error::NotText | Error::ArgumentNotText => Code::ERRCODE_CHARACTER_NOT_IN_REPERTOIRE,
         Error::PlaintextRefused
+        | Error::DirectOrPlaintextRefused
         | Error::AlreadyEnvelope
         | Error::UnknownVersion
         | Error::VersionMismatch(_)
         | Error::BadContext(_)
         | Error::KeyContext(_)
         | Error::NotRewrappable => Code::ERRCODE_INVALID_PARAMETER_VALUE,
-        Error::UnknownKey(_) => Code::ERRCODE_UNDEFINED_OBJECT,
+        Error::UnknownKey(_) | Error::UnknownGivenKey => Code::ERRCODE_UNDEFINED_OBJECT,
         Error::KeyState { .. } | Error::NothingConfigured | Error::LegacyKey(_) => {
             Code::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE
         }
@@ -59,10 +60,6 @@ fn sqlstate(error: &Error, kind: Kind) -> PgSqlErrorCode {
             Fault::Unreachable => Code::ERRCODE_CONNECTION_FAILURE,
         },
     }
-}
-
-fn sentence(error: &Error) -> String {
-    error.to_string()
 }
 
 fn detail(error: &Error) -> Option<String> {
@@ -87,7 +84,11 @@ fn hint(error: &Error) -> Option<&'static str> {
         Error::NotRewrappable => {
             "It records no key. Decrypt the value with envelope_decrypt() and encrypt it with envelope_encrypt()."
         }
-        Error::UnknownKey(_) => {
+        Error::DirectOrPlaintextRefused => {
+            "It has the shape of the legacy format. If its legacy key was removed or replaced, configure that key again. \
+             Do not convert it as plaintext: that would encrypt the ciphertext."
+        }
+        Error::UnknownKey(_) | Error::UnknownGivenKey => {
             "Configured keys are in vod_tender_crypto.kek; vod_tender_crypto.add_key() adds one. The setting \
              vod_tender_crypto.default_key names the one used when none is given."
         }

@@ -33,7 +33,20 @@ pub fn will_be_interrupted() -> bool {
     unsafe {
         read_volatile(&raw const pg_sys::ProcDiePending) != 0
             || (read_volatile(&raw const pg_sys::QueryCancelPending) != 0 && pg_sys::QueryCancelHoldoffCount == 0)
+            || transaction_timeout_pending()
     }
+}
+
+/// PostgreSQL 17 has a timeout that ends the session.
+#[cfg(any(feature = "pg17", feature = "pg18"))]
+fn transaction_timeout_pending() -> bool {
+    // SAFETY: as above.
+    unsafe { read_volatile(&raw const pg_sys::TransactionTimeoutPending) != 0 }
+}
+
+#[cfg(any(feature = "pg15", feature = "pg16"))]
+fn transaction_timeout_pending() -> bool {
+    false
 }
 
 /// Does what is pending. May raise an error, or end the process.

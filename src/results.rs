@@ -4,8 +4,10 @@ use pgrx::callconv::{BoxRet, FcInfo};
 use pgrx::{impl_sql_translatable, pg_sys};
 use vod_tender_core::Error;
 use vod_tender_core::sink::Sink;
+use vod_tender_core::stored::Kind;
 
-use crate::arguments::from_utf8;
+use crate::arguments::{InServerEncoding, from_utf8};
+use crate::errors::raise;
 
 /// Bytes of a varlena's length word.
 const HEADER: usize = pg_sys::VARHDRSZ;
@@ -33,10 +35,6 @@ impl Sink for Varlena {
             Ok(std::slice::from_raw_parts_mut(start.add(HEADER), len))
         }
     }
-
-    fn truncate(&mut self, len: usize) {
-        self.length = self.length.min(len);
-    }
 }
 
 impl Varlena {
@@ -45,6 +43,15 @@ impl Varlena {
             // SAFETY: `buffer` initialised that many bytes behind the header.
             Some(start) => unsafe { std::slice::from_raw_parts_mut(start.as_ptr().add(HEADER), self.length) },
             None => &mut [],
+        }
+    }
+
+    /// Puts other bytes in place of the content, which is overwritten.
+    fn replace(&mut self, bytes: &[u8]) {
+        zeroize::Zeroize::zeroize(self.content());
+        match self.buffer(bytes.len()) {
+            Ok(out) => out.copy_from_slice(bytes),
+            Err(error) => raise(&error, Kind::Text),
         }
     }
 
@@ -76,14 +83,13 @@ unsafe impl BoxRet for BytesOut {
 // SAFETY: as above.
 unsafe impl BoxRet for TextOut {
     unsafe fn box_into<'fcx>(mut self, fcinfo: &mut FcInfo<'fcx>) -> pgrx::datum::Datum<'fcx> {
-        if let Some(converted) = from_utf8(self.0.content()) {
-            zeroize::Zeroize::zeroize(self.0.content());
-            let mut other = Varlena::default();
-            match other.buffer(converted.len()) {
-                Ok(out) => out.copy_from_slice(&converted),
-                Err(error) => crate::errors::raise(&error, vod_tender_core::stored::Kind::Text),
+        match from_utf8(self.0.content()) {
+            InServerEncoding::Same => {}
+            InServerEncoding::Converted(bytes) => self.0.replace(&bytes),
+            InServerEncoding::Impossible => {
+                zeroize::Zeroize::zeroize(self.0.content());
+                raise(&Error::NotText, Kind::Text)
             }
-            self.0 = other;
         }
         // SAFETY: as above.
         unsafe { fcinfo.return_raw_datum(self.0.into_datum()) }

@@ -8,6 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use pgrx::guc::{GucContext, GucEnum, GucFlags, GucRegistry, GucSetting, PostgresGucEnum};
+use pgrx::pg_sys;
+use vod_tender_core::context::Context;
+use vod_tender_core::envelope::is_key_name;
 use vod_tender_core::policy::{self, Limits, Policy};
 use vod_tender_providers::CallLimits;
 
@@ -126,18 +129,21 @@ pub fn define() {
         c"Name of the key that encrypts when a caller names none.",
         &DEFAULT_KEY,
         none,
+        Some(check_key_name),
     );
     define_text(
         c"vod_tender_crypto.encryption_context",
         c"Context of the key that the server's environment configures, as a JSON object of strings.",
         &ENCRYPTION_CONTEXT,
         none,
+        Some(check_context),
     );
     define_text(
         c"vod_tender_crypto.legacy_key_file",
         c"File of legacy keys, base64 of 32 bytes a line; all are read with, the first one writes.",
         &LEGACY_KEY_FILE,
         GucFlags::SUPERUSER_ONLY,
+        None,
     );
     define_choice(
         c"vod_tender_crypto.write_format",
@@ -228,8 +234,14 @@ pub fn define() {
 
 type Name = &'static std::ffi::CStr;
 
-fn define_text(name: Name, about: Name, setting: &'static GucSetting<Option<CString>>, flags: GucFlags) {
-    // SAFETY: the hook touches an atomic only.
+fn define_text(
+    name: Name,
+    about: Name,
+    setting: &'static GucSetting<Option<CString>>,
+    flags: GucFlags,
+    check: pg_sys::GucStringCheckHook,
+) {
+    // SAFETY: the hooks touch an atomic and their argument only.
     unsafe {
         GucRegistry::define_string_guc_with_hooks(
             name,
@@ -238,7 +250,7 @@ fn define_text(name: Name, about: Name, setting: &'static GucSetting<Option<CStr
             setting,
             GucContext::Suset,
             flags,
-            None,
+            check,
             Some(text_changed),
             None,
         );
@@ -287,6 +299,32 @@ fn define_number(
             None,
         );
     }
+}
+
+/// A context that cannot be used must not be set: it would close every value of the environment's key.
+unsafe extern "C-unwind" fn check_context(
+    new: *mut *mut c_char,
+    _extra: *mut *mut c_void,
+    _source: pg_sys::GucSource::Type,
+) -> bool {
+    // SAFETY: PostgreSQL passes a pointer to the proposed value.
+    unsafe { proposed(new) }.is_some_and(|json| Context::from_json(json).is_ok())
+}
+
+unsafe extern "C-unwind" fn check_key_name(
+    new: *mut *mut c_char,
+    _extra: *mut *mut c_void,
+    _source: pg_sys::GucSource::Type,
+) -> bool {
+    // SAFETY: as above.
+    unsafe { proposed(new) }.is_some_and(is_key_name)
+}
+
+/// # Safety
+/// `new` points to a C string, or to null, that lives as long as the result is used.
+unsafe fn proposed<'a>(new: *mut *mut c_char) -> Option<&'a str> {
+    // SAFETY: as promised by the caller.
+    unsafe { (!(*new).is_null()).then(|| std::ffi::CStr::from_ptr(*new)) }.and_then(|text| text.to_str().ok())
 }
 
 unsafe extern "C-unwind" fn text_changed(_new: *const c_char, _extra: *mut c_void) {

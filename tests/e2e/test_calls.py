@@ -83,7 +83,7 @@ def test_a_key_that_is_not_configured_is_never_called(cluster, kms):
         assert kms.count("Decrypt") == 0, "the recorded ARN is not the configured key's: nobody is asked"
 
 
-def test_reads_in_another_region_or_after_edits_of_the_header(cluster, kms):
+def test_another_account_in_the_header_is_not_asked(cluster, kms):
     from sqlstate import UNVERIFIED, fails
     from helpers import armor, binary
 

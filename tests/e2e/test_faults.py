@@ -35,6 +35,7 @@ def last_request(kms) -> str:
     (faults.error("DependencyTimeoutException", "slow", 500), UNREACHABLE, 4),
     (faults.error("KMSInvalidStateException", "arn is pending deletion."), NOT_READY, 1),
     (faults.error("NotFoundException", "no such key"), UNKNOWN_KEY, 1),
+    (faults.error("BrandNewException", "no"), NOT_READY, 1),
 ], ids=lambda value: getattr(value, "kind", None) or str(value)[:40])
 def test_errors_of_the_service(session, kms, fault, state, attempts):
     kms.inject(fault)
@@ -62,6 +63,32 @@ def test_disabled_and_pending_deletion(session, kms):
     with fails(NOT_READY, "state") as caught:
         one(session, "SELECT envelope_decrypt(%s)", value)
     assert "pending deletion" in detail(caught)
+
+
+def test_attempts_do_not_run_out_in_a_long_session(session, kms):
+    """Sixty throttled calls in a row make four attempts each, the last as the first."""
+    session.execute("SET vod_tender_crypto.kms_retry_backoff = '1ms'")
+    kms.inject(faults.throttle())
+    for _ in range(60):
+        with fails(THROTTLED):
+            one(session, ENCRYPT)
+    assert kms.count("GenerateDataKey") == 240
+
+
+def test_a_call_has_one_time_limit_for_all_that_it_takes(session, kms):
+    """An alias that moved takes three requests; together they have kms_timeout."""
+    import time
+
+    session.execute("SELECT vod_tender_crypto.add_key('alias', %s)", [kms.kek_uri(kms.alias)])
+    value = one(session, "SELECT envelope_encrypt('token', key => 'alias')")
+    kms.point_alias(kms.alias, kms.create_key())
+    session.execute("SELECT envelope_cache_clear()")
+    session.execute("SET vod_tender_crypto.kms_timeout = '1s'")
+    kms.inject(faults.delay(0.4))
+    began = time.monotonic()
+    with fails(UNREACHABLE):
+        one(session, "SELECT envelope_decrypt(%s)", value)
+    assert time.monotonic() - began < 1.4
 
 
 def test_throttling_that_passes_is_survived(session, kms):

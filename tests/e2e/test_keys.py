@@ -218,9 +218,21 @@ def test_a_file_of_legacy_keys(cluster):
         assert one(connection, "SELECT envelope_decrypt(%s, version => 1)", newer) == "token"
         with fails(UNVERIFIED):
             one(connection, "SELECT envelope_decrypt(%s, version => 1)", value)
+        cluster.server_file("legacy.b64", "\n")
+        with fails(NOT_READY, "legacy key file"):
+            one(connection, "SELECT envelope_decrypt(%s)", newer)
         cluster.server_file("legacy.b64", f"{new}\n", 0o644)
         with fails(NOT_READY, "legacy key file"):
             one(connection, "SELECT envelope_decrypt(%s)", newer)
+
+
+def test_settings_that_would_close_values_are_refused(cluster):
+    with cluster.connect() as connection:
+        connection.execute("SELECT envelope_cache_clear()")
+        for setting, value in [("encryption_context", "not json"), ("encryption_context", '{"a": 1}'),
+                               ("default_key", ""), ("default_key", "a b")]:
+            with fails(INVALID_PARAMETER):
+                connection.execute(f"SET vod_tender_crypto.{setting} = '{value}'")
 
 
 # -- rights ------------------------------------------------------------------------------------------------------

@@ -139,6 +139,18 @@ def test_an_alias_does_not_open_what_another_account_wrapped(make_cluster, exten
         assert foreign not in asked
 
 
+def test_regions_that_come_from_different_places_are_one_region(make_cluster, extension, kms):
+    """An alias takes its region from the environment, an ARN states it: AWS still moves the DEK by itself."""
+    own = make_cluster(environment=kms.environment("alias/e2e"))
+    with own.connect() as connection:
+        connection.execute(f"CREATE EXTENSION {extension}")
+        connection.execute("SELECT vod_tender_crypto.add_key('arn', %s)", [f"aws-kms://{kms.create_key()}"])
+        value = one(connection, "SELECT envelope_encrypt('token')")
+        moved = one(connection, "SELECT rewrap(%s, 'arn')", value)
+        assert payload(moved) == payload(value) and kek_id(connection, moved) != kms.arn
+        assert calls(connection) == {"GenerateDataKey": 1, "ReEncrypt": 1}
+
+
 def test_from_local_to_aws_and_back(cluster, kms):
     with cluster.connect() as connection:
         add_local_key(cluster, connection, "file")

@@ -217,9 +217,27 @@ def test_envelopes_are_not_encrypted_twice(session):
         one(session, "SELECT envelope_encrypt(%s::bytea)", binary(text))
 
 
+def test_a_legacy_value_without_its_key_is_not_called_plaintext(legacy):
+    """The hint must not lead to encrypting ciphertext."""
+    stored = v1_vectors()["values"][0]["stored"]
+    legacy.execute("SET vod_tender_crypto.legacy_key_file = ''")
+    with fails(INVALID_PARAMETER, "no configured legacy key opens it") as caught:
+        one(legacy, "SELECT envelope_decrypt(%s)", stored)
+    assert "version => 0" not in caught.value.diag.message_hint
+
+
+def test_conversions_count_once(legacy):
+    count = "SELECT (vod_tender_crypto.session_stats()->>'values_decrypted')::int"
+    before = one(legacy, count)
+    one(legacy, "SELECT envelope_upgrade(%s)", v1_vectors()["values"][0]["stored"])
+    assert one(legacy, count) == before + 1
+
+
 def test_write_format(legacy):
     legacy.execute("SET vod_tender_crypto.write_format = 'direct'")
     assert one(legacy, "SELECT envelope_version(envelope_encrypt('token', aad => 'row'))") == 1
+    with fails("42704"):
+        one(legacy, "SELECT envelope_encrypt('token', key => 'nope')")
     legacy.execute("SET vod_tender_crypto.write_format = 'envelope'")
     assert one(legacy, "SELECT envelope_version(envelope_encrypt('token', aad => 'row'))") == 2
     legacy.execute("SET vod_tender_crypto.write_format = 'auto'")
@@ -259,5 +277,27 @@ def test_another_server_encoding_stores_the_same_envelopes(shared_cluster, exten
             value = one(latin, "SELECT envelope_encrypt('contraseña', aad => 'ñ')")
             assert one(latin, "SELECT envelope_decrypt(%s, aad => 'ñ')", value) == "contraseña"
             assert one(latin, "SELECT envelope_info(%s)", value)["plaintext_bytes"] == len("contraseña".encode())
+            data = one(latin, "SELECT envelope_encrypt(%s::bytea)", "secret🔑".encode())
+            with fails(NOT_TEXT) as caught:
+                one(latin, "SELECT envelope_decrypt(%s)", armor(data, 28 + len("secret🔑".encode())))
+            assert "f0" not in str(caught.value) and "secret" not in str(caught.value)
     finally:
         shared_cluster.dropdb("e2e_latin1")
+
+
+def test_a_database_without_an_encoding(shared_cluster, extension):
+    """is_envelope answers for whatever is stored; the others say that the argument is no text."""
+    shared_cluster.run("createdb", "-U", "postgres", "-T", "template0", "-E", "SQL_ASCII", "--locale=C", "e2e_ascii")
+    try:
+        shared_cluster.psql(f"CREATE EXTENSION {extension}", dbname="e2e_ascii")
+        with shared_cluster.connect("e2e_ascii") as ascii_only:
+            assert one(ascii_only, "SELECT is_envelope(E'\\xff')") is False
+            with fails(NOT_TEXT, "argument"):
+                one(ascii_only, "SELECT envelope_encrypt(E'\\xff'::text)")
+    finally:
+        shared_cluster.dropdb("e2e_ascii")
+
+
+def test_null_gives_null_whatever_else_is_given(session):
+    assert one(session, "SELECT envelope_encrypt(NULL::text, key => 'nope', context => '[]', aad => 'x') IS NULL")
+    assert one(session, "SELECT envelope_decrypt(NULL::text, context => '[]', version => 9) IS NULL")

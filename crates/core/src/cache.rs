@@ -79,16 +79,14 @@ impl OpenedCache {
         Self::write_name(&mut self.name, header);
         self.oldest_ms = self.oldest_ms.min(opened.born_ms);
         self.entries.put(self.name.as_slice().into(), opened);
-        while self.entries.len() > limits.cache_entries {
-            self.entries.pop_lru();
-            stats.cache_evictions += 1;
-        }
+        self.evict(limits, stats);
     }
 
     /// Drops what is too old; gives whether anything was.
     pub fn expire(&mut self, now_ms: u64, limits: &Limits, stats: &mut SessionStats) -> bool {
+        let evicted = self.evict(limits, stats);
         if self.entries.is_empty() || is_young(self.oldest_ms, now_ms, limits) {
-            return false;
+            return evicted;
         }
         let before = self.entries.len();
         let mut oldest_ms = u64::MAX;
@@ -101,6 +99,16 @@ impl OpenedCache {
         });
         self.oldest_ms = oldest_ms;
         stats.cache_expiries += (before - self.entries.len()) as u64;
+        evicted || before > self.entries.len()
+    }
+
+    /// Drops what is too much; gives whether anything was.
+    fn evict(&mut self, limits: &Limits, stats: &mut SessionStats) -> bool {
+        let before = self.entries.len();
+        while self.entries.len() > limits.cache_entries {
+            self.entries.pop_lru();
+            stats.cache_evictions += 1;
+        }
         before > self.entries.len()
     }
 
@@ -204,15 +212,14 @@ impl SealingCache {
         self.entries.get_mut(self.name.as_slice())
     }
 
-    /// Keeps a fresh key and gives it back.
-    pub fn put(&mut self, kek: &str, context: &Context, key: SealingKey, limits: &Limits) -> &mut SealingKey {
+    /// Keeps a fresh key.
+    pub fn put(&mut self, kek: &str, context: &Context, key: SealingKey, limits: &Limits) {
         Self::write_name(&mut self.name, kek, context);
         let capacity = NonZeroUsize::new(limits.cache_entries).unwrap_or(NonZeroUsize::MIN);
         while self.entries.len() >= capacity.get() {
             self.entries.pop_lru();
         }
         self.entries.put(self.name.as_slice().into(), key);
-        self.entries.get_mut(self.name.as_slice()).expect("it was just put there")
     }
 
     /// Drops what is too old; gives whether anything was.

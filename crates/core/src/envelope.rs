@@ -99,13 +99,19 @@ impl<'a> Header<'a> {
 
     /// Magic to context: the part that the payload's tag covers.
     pub fn bound_prefix(&self) -> &'a [u8] {
-        &self.bytes[..CONTEXT_AT + self.context.encoded().len()]
+        bound_prefix(self.bytes)
     }
 
     /// The same header with other wraps: what rewrapping writes.
     pub fn with_wraps(&self, wraps: &[Wrap<'_>]) -> Result<Vec<u8>> {
         write_header(self.has_aad, &self.context, wraps, self.commitment)
     }
+}
+
+/// Magic to context of bytes that are known to be a header.
+pub(crate) fn bound_prefix(header: &[u8]) -> &[u8] {
+    let pairs = u16::from_be_bytes([header[CONTEXT_AT], header[CONTEXT_AT + 1]]);
+    &header[..CONTEXT_AT + 2 + usize::from(pairs)]
 }
 
 /// One wrapped DEK and what it was wrapped under.

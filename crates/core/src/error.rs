@@ -1,6 +1,7 @@
 //! What can go wrong, in kinds that a caller can tell apart.
 //!
-//! No variant carries a plaintext, a key or a credential: texts are fixed, names come from configuration.
+//! No variant carries a plaintext, a key or a credential: texts are fixed, and names come from the configuration or from
+//! a well-formed envelope, never from a caller's argument.
 
 use crate::provider::ProviderError;
 
@@ -16,9 +17,12 @@ pub enum Error {
     /// A tag, a commitment or a context does not fit.
     #[error("value does not verify")]
     Unverified(Mismatch),
-    /// The value is neither an envelope nor direct ciphertext, and the policy refuses plaintext.
+    /// The value is neither an envelope nor direct ciphertext under a configured key, and the policy refuses plaintext.
     #[error("value is not encrypted, and reading plaintext is refused")]
     PlaintextRefused,
+    /// The same, for a value that looks like direct ciphertext: its key may be missing.
+    #[error("value is not an envelope, and no configured legacy key opens it")]
+    DirectOrPlaintextRefused,
     /// The value to encrypt is an envelope.
     #[error("value is an envelope already")]
     AlreadyEnvelope,
@@ -31,6 +35,12 @@ pub enum Error {
     /// A context that cannot be used.
     #[error("unusable context: {0}")]
     BadContext(&'static str),
+    /// The caller named a KEK that is not configured. The name is not repeated: a value may have been passed for it.
+    #[error("the given key is not configured")]
+    UnknownGivenKey,
+    /// An argument is not text in UTF-8.
+    #[error("argument is not valid UTF-8")]
+    ArgumentNotText,
     /// The decrypted bytes are not text.
     #[error("decrypted value is not text")]
     NotText,

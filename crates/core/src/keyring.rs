@@ -94,7 +94,10 @@ impl Keyring {
         if name.is_none() && self.keks.is_empty() {
             return Err(Error::NothingConfigured);
         }
-        let kek = self.find(name.unwrap_or(&self.default_key))?;
+        let kek = match name {
+            Some(name) => self.find(name).map_err(|_| Error::UnknownGivenKey)?,
+            None => self.find(&self.default_key)?,
+        };
         if kek.state == KeyState::Active { Ok(kek) } else { Err(kek.refused()) }
     }
 
@@ -102,6 +105,11 @@ impl Keyring {
     pub fn for_decrypting(&self, name: &str) -> Result<&Kek> {
         let kek = self.find(name)?;
         if kek.state == KeyState::Disabled { Err(kek.refused()) } else { Ok(kek) }
+    }
+
+    /// Whether there is a KEK of that name.
+    pub fn is_configured(&self, name: &str) -> bool {
+        self.find(name).is_ok()
     }
 
     /// The KEK for envelopes that name none (the literal form).

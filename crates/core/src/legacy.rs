@@ -4,10 +4,10 @@ use zeroize::Zeroizing;
 
 use crate::armor;
 use crate::dek::KEY_BYTES;
-use crate::envelope::{NONCE_BYTES, PAYLOAD_OVERHEAD, Payload};
+use crate::envelope::Payload;
 use crate::error::{Error, Mismatch, Result};
 use crate::random::SessionRandom;
-use crate::seal::ExpandedKey;
+use crate::seal::{ExpandedKey, write_payload};
 
 /// The legacy keys: all of them read, the first one writes.
 #[derive(Default)]
@@ -49,34 +49,17 @@ impl LegacyKeys {
         self.open(payload, &mut scratch).is_ok()
     }
 
-    /// Seals `plaintext` under the first key into `out`, which has [`PAYLOAD_OVERHEAD`] bytes more.
+    /// Seals `plaintext` under the first key into `out`, which has 28 bytes more.
     pub fn seal(&self, random: &mut SessionRandom, plaintext: &[u8], out: &mut [u8]) -> Result<()> {
         let key = self.0.first().ok_or(Error::LegacyKey("no legacy key is configured"))?;
         write_payload(key, random, &[], plaintext, out)
     }
 }
 
-/// Writes nonce ‖ ciphertext ‖ tag into `out`, which is [`PAYLOAD_OVERHEAD`] bytes longer than `plaintext`.
-pub(crate) fn write_payload(
-    key: &ExpandedKey,
-    random: &mut SessionRandom,
-    associated: &[u8],
-    plaintext: &[u8],
-    out: &mut [u8],
-) -> Result<()> {
-    debug_assert_eq!(out.len(), plaintext.len() + PAYLOAD_OVERHEAD);
-    let nonce = random.nonce();
-    let (nonce_out, rest) = out.split_at_mut(NONCE_BYTES);
-    let (body, tag_out) = rest.split_at_mut(plaintext.len());
-    nonce_out.copy_from_slice(&nonce);
-    body.copy_from_slice(plaintext);
-    tag_out.copy_from_slice(&key.seal(&nonce, associated, body)?);
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::envelope::PAYLOAD_OVERHEAD;
 
     #[test]
     fn keys_are_base64_of_32_bytes() {

@@ -26,13 +26,13 @@ pub trait KeyProvider {
     fn wrap<'a>(&'a self, dek: &'a Dek, context: &'a Context) -> ProviderFuture<'a, WrappedDek>;
 
     /// Moves a wrapped DEK from `source` to this KEK inside the service, so that the DEK does not come here.
-    /// `None` when the two are not in one service: then the caller unwraps and wraps.
+    /// `None` when one service cannot reach both: then the caller unwraps and wraps.
     fn rewrap_from<'a>(
         &'a self,
         source: &'a dyn KeyProvider,
         wrapped: WrappedRef<'a>,
         context: &'a Context,
-    ) -> Option<ProviderFuture<'a, WrappedDek>>;
+    ) -> ProviderFuture<'a, Option<WrappedDek>>;
 
     /// Whether a DEK wrapped now would carry this KEK id; `None` when only the service knows.
     fn is_current(&self, kek_id: &str) -> Option<bool>;

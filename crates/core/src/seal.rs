@@ -9,8 +9,9 @@ use vod_tender_secret_memory::{Locked, burn_stack};
 use zeroize::Zeroize;
 
 use crate::dek::{Dek, KEY_BYTES};
-use crate::envelope::{COMMITMENT_BYTES, NONCE_BYTES, SUITE, TAG_BYTES};
+use crate::envelope::{COMMITMENT_BYTES, NONCE_BYTES, PAYLOAD_OVERHEAD, SUITE, TAG_BYTES};
 use crate::error::{Error, Mismatch, Result};
+use crate::random::SessionRandom;
 
 const PAYLOAD_KEY_INFO: &[u8] = b"vod_tender_crypto/v2/payload-key";
 const COMMITMENT_INFO: &[u8] = b"vod_tender_crypto/v2/commitment";
@@ -87,6 +88,24 @@ impl Derived {
 
 fn expand(hkdf: &Hkdf<Sha256>, info: &[u8], out: &mut [u8; 32]) {
     hkdf.expand_multi_info(&[info, &[SUITE]], out).expect("32 bytes are within HKDF's limit");
+}
+
+/// Writes nonce ‖ ciphertext ‖ tag into `out`, which is [`PAYLOAD_OVERHEAD`] bytes longer than `plaintext`.
+pub(crate) fn write_payload(
+    key: &ExpandedKey,
+    random: &mut SessionRandom,
+    associated: &[u8],
+    plaintext: &[u8],
+    out: &mut [u8],
+) -> Result<()> {
+    debug_assert_eq!(out.len(), plaintext.len() + PAYLOAD_OVERHEAD);
+    let nonce = random.nonce();
+    let (nonce_out, rest) = out.split_at_mut(NONCE_BYTES);
+    let (body, tag_out) = rest.split_at_mut(plaintext.len());
+    nonce_out.copy_from_slice(&nonce);
+    body.copy_from_slice(plaintext);
+    tag_out.copy_from_slice(&key.seal(&nonce, associated, body)?);
+    Ok(())
 }
 
 #[cfg(test)]

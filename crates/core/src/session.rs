@@ -37,6 +37,9 @@ pub struct Session {
     sealed: Vec<u8>,
 }
 
+/// Bytes that are kept from one value to the next.
+const KEPT_BYTES: usize = 1 << 20;
+
 /// What an operation runs with: the keys and policies of this statement, and a way to wait.
 pub struct Run<'a, W> {
     /// The configured keys.
@@ -84,8 +87,17 @@ impl Session {
         self.opened.clear();
         self.sealing.clear();
         self.rewraps.clear();
+        self.sealed = Vec::new();
+        self.associated = Vec::new();
         // Opening and sealing spill round keys onto the stack; doing this for each value would cost more than the value.
         burn_stack();
+    }
+
+    /// Gives back the memory of a large value.
+    fn trim(&mut self) {
+        if self.sealed.capacity() > KEPT_BYTES {
+            self.sealed = Vec::new();
+        }
     }
 
     /// Drops what is too old. Call it when a statement begins.

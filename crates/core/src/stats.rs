@@ -16,9 +16,9 @@ pub struct SessionStats {
     pub cache_hits: u64,
     /// Values whose DEK had to be unwrapped.
     pub cache_misses: u64,
-    /// DEKs that went because the cache was full.
+    /// DEKs for decrypting that went because the cache was full.
     pub cache_evictions: u64,
-    /// DEKs that went because of their age.
+    /// DEKs for decrypting that went because of their age.
     pub cache_expiries: u64,
     /// DEKs made for encrypting.
     pub deks_made: u64,

@@ -71,11 +71,6 @@ impl AwsKey {
         matches!(self.name, KeyName::Alias(_) | KeyName::AliasArn { .. })
     }
 
-    /// Whether both are asked at the same place.
-    pub fn is_beside(&self, other: &AwsKey) -> bool {
-        self.region() == other.region() && self.endpoint == other.endpoint
-    }
-
     /// Whether `arn` can be the key that this name stands for, or, for an alias, stood for.
     pub fn may_have_been(&self, arn: &KeyArn) -> bool {
         match &self.name {

@@ -13,6 +13,7 @@ use std::rc::Rc;
 
 use aws_sdk_kms::Client;
 use aws_sdk_kms::primitives::Blob;
+use tokio::time::Instant;
 use vod_tender_core::context::Context;
 use vod_tender_core::dek::{Dek, KEY_BYTES};
 use vod_tender_core::provider::{Fault, KeyProvider, ProviderError, ProviderFuture, WrappedDek, WrappedRef};
@@ -47,22 +48,29 @@ impl AwsKms {
         self.clients.client(&self.key, self.limits.get()).await
     }
 
-    /// Counts one call and bounds its time, including what the SDK does before it sends (credentials, region).
-    async fn call<T>(&self, operation: &'static str, work: impl Future<Output = Result<T>>) -> Result<T> {
+    /// When a call that begins now must be over, with all that it takes.
+    fn deadline(&self) -> Instant {
+        Instant::now() + self.limits.get().overall
+    }
+
+    /// Counts one request and bounds its time, including what the SDK does before it sends (credentials, region).
+    async fn call<T>(
+        &self,
+        operation: &'static str,
+        deadline: Instant,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
         let call = self.calls.begin(SERVICE, operation);
-        let overall = self.limits.get().overall;
-        let result = match tokio::time::timeout(overall, work).await {
-            Ok(result) => result,
-            Err(_) => {
-                let message = format!("AWS KMS did not answer {operation} within {} ms", overall.as_millis());
-                Err(ProviderError::new(Fault::Unreachable, message))
-            }
-        };
+        let result = tokio::time::timeout_at(deadline, work).await.unwrap_or_else(|_| {
+            let overall = self.limits.get().overall.as_millis();
+            let message = format!("AWS KMS did not answer {operation} within {overall} ms");
+            Err(ProviderError::new(Fault::Unreachable, message))
+        });
         call.end(result)
     }
 
     async fn generate_now(&self, context: &Context) -> Result<(Dek, WrappedDek)> {
-        self.call("GenerateDataKey", async {
+        self.call("GenerateDataKey", self.deadline(), async {
             let request = self
                 .client()
                 .await?
@@ -78,7 +86,7 @@ impl AwsKms {
     }
 
     async fn encrypt_now(&self, dek: &Dek, context: &Context) -> Result<WrappedDek> {
-        self.call("Encrypt", async {
+        self.call("Encrypt", self.deadline(), async {
             let request = self
                 .client()
                 .await?
@@ -92,15 +100,20 @@ impl AwsKms {
         .await
     }
 
-    /// Asks for the DEK under exactly one key: the configured one. Where that is an alias that stands for another
-    /// key by now, the recorded key is asked instead, provided that it is in the alias's own account and region.
-    async fn decrypt_now(&self, wrapped: WrappedRef<'_>, context: &Context) -> Result<Dek> {
+    /// Asks about a wrapped DEK under exactly one key: the configured one. Where that is an alias that stands for
+    /// another key by now, the recorded key is asked instead, provided that it is in the alias's own account and region.
+    async fn ask_pinned<T, F: Future<Output = Result<T>>>(
+        &self,
+        wrapped: WrappedRef<'_>,
+        deadline: Instant,
+        ask: impl Fn(String) -> F,
+    ) -> Result<T> {
         let pin = self.pin(wrapped.kek_id)?;
-        let first = self.decrypt_pinned(&pin, wrapped, context).await;
-        match (first, self.unasked(&pin, wrapped.kek_id)) {
+        let unasked = self.unasked(&pin, wrapped.kek_id);
+        match (ask(pin).await, unasked) {
             (Err(error), Some(recorded)) if matches!(error.fault, Fault::Unverified | Fault::Denied) => {
-                match self.moved_from(&recorded).await {
-                    true => self.decrypt_pinned(&recorded.to_string(), wrapped, context).await,
+                match self.moved_from(&recorded, deadline).await {
+                    true => ask(recorded.to_string()).await,
                     false => Err(error),
                 }
             }
@@ -108,8 +121,19 @@ impl AwsKms {
         }
     }
 
-    async fn decrypt_pinned(&self, pin: &str, wrapped: WrappedRef<'_>, context: &Context) -> Result<Dek> {
-        self.call("Decrypt", async {
+    async fn decrypt_now(&self, wrapped: WrappedRef<'_>, context: &Context) -> Result<Dek> {
+        let deadline = self.deadline();
+        self.ask_pinned(wrapped, deadline, |pin| self.decrypt_pinned(pin, deadline, wrapped, context)).await
+    }
+
+    async fn decrypt_pinned(
+        &self,
+        pin: String,
+        deadline: Instant,
+        wrapped: WrappedRef<'_>,
+        context: &Context,
+    ) -> Result<Dek> {
+        self.call("Decrypt", deadline, async {
             let request = self
                 .client()
                 .await?
@@ -130,22 +154,29 @@ impl AwsKms {
         .await
     }
 
-    async fn reencrypt_now(&self, source: &AwsKms, wrapped: WrappedRef<'_>, context: &Context) -> Result<WrappedDek> {
-        let pin = source.pin(wrapped.kek_id)?;
-        let first = self.reencrypt_pinned(&pin, wrapped, context).await;
-        match (first, source.unasked(&pin, wrapped.kek_id)) {
-            (Err(error), Some(recorded)) if matches!(error.fault, Fault::Unverified | Fault::Denied) => {
-                match source.moved_from(&recorded).await {
-                    true => self.reencrypt_pinned(&recorded.to_string(), wrapped, context).await,
-                    false => Err(error),
-                }
-            }
-            (result, _) => result,
+    /// `None` across regions, which ReEncrypt does not reach.
+    async fn reencrypt_now(
+        &self,
+        source: &AwsKms,
+        wrapped: WrappedRef<'_>,
+        context: &Context,
+    ) -> Result<Option<WrappedDek>> {
+        if !self.clients.are_beside(&source.key, &self.key).await {
+            return Ok(None);
         }
+        let deadline = self.deadline();
+        let ask = |pin| self.reencrypt_pinned(pin, deadline, wrapped, context);
+        source.ask_pinned(wrapped, deadline, ask).await.map(Some)
     }
 
-    async fn reencrypt_pinned(&self, pin: &str, wrapped: WrappedRef<'_>, context: &Context) -> Result<WrappedDek> {
-        self.call("ReEncrypt", async {
+    async fn reencrypt_pinned(
+        &self,
+        pin: String,
+        deadline: Instant,
+        wrapped: WrappedRef<'_>,
+        context: &Context,
+    ) -> Result<WrappedDek> {
+        self.call("ReEncrypt", deadline, async {
             let context = encryption_context(context);
             let request = self
                 .client()
@@ -196,8 +227,8 @@ impl AwsKms {
 
     /// Whether the alias stands for another key of the same account and region than the recorded one. Asks AWS KMS;
     /// where it must not ask (kms:DescribeKey), the answer is no.
-    async fn moved_from(&self, recorded: &KeyArn) -> bool {
-        let described = self.call("DescribeKey", async {
+    async fn moved_from(&self, recorded: &KeyArn, deadline: Instant) -> bool {
+        let described = self.call("DescribeKey", deadline, async {
             let request = self.client().await?.describe_key().key_id(self.key.id());
             let answer = request.send().await.map_err(|error| fault::from_sdk("DescribeKey", error))?;
             self.check_used(answer.key_metadata.as_ref().and_then(|key| key.arn()))
@@ -241,10 +272,11 @@ impl KeyProvider for AwsKms {
         source: &'a dyn KeyProvider,
         wrapped: WrappedRef<'a>,
         context: &'a Context,
-    ) -> Option<ProviderFuture<'a, WrappedDek>> {
-        let source = source.as_any().downcast_ref::<AwsKms>()?;
-        // ReEncrypt works within one region; across regions the caller unwraps and wraps.
-        source.key.is_beside(&self.key).then(|| Box::pin(self.reencrypt_now(source, wrapped, context)) as _)
+    ) -> ProviderFuture<'a, Option<WrappedDek>> {
+        match source.as_any().downcast_ref::<AwsKms>() {
+            Some(source) => Box::pin(self.reencrypt_now(source, wrapped, context)),
+            None => Box::pin(std::future::ready(Ok(None))),
+        }
     }
 
     fn is_current(&self, kek_id: &str) -> Option<bool> {

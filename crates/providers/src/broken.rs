@@ -37,8 +37,8 @@ impl KeyProvider for BrokenKek {
         _source: &'a dyn KeyProvider,
         _wrapped: WrappedRef<'a>,
         _context: &'a Context,
-    ) -> Option<ProviderFuture<'a, WrappedDek>> {
-        Some(self.refuse())
+    ) -> ProviderFuture<'a, Option<WrappedDek>> {
+        self.refuse()
     }
 
     fn is_current(&self, _kek_id: &str) -> Option<bool> {

@@ -115,8 +115,8 @@ impl KeyProvider for LocalKek {
         _source: &'a dyn KeyProvider,
         _wrapped: WrappedRef<'a>,
         _context: &'a Context,
-    ) -> Option<ProviderFuture<'a, WrappedDek>> {
-        None
+    ) -> ProviderFuture<'a, Option<WrappedDek>> {
+        Box::pin(ready(Ok(None)))
     }
 
     fn is_current(&self, kek_id: &str) -> Option<bool> {

@@ -78,7 +78,10 @@ impl Session {
             Kind::Text => Value::Text(std::str::from_utf8(sealed).map_err(|_| Error::NotText)?),
         };
         let mut opened = Zeroizing::new(Vec::new());
+        // The caller decrypted nothing, so nothing is counted.
+        let counters = self.stats.clone();
         self.decrypt(run, value, reading, &mut opened)?;
+        self.stats = counters;
         if *opened == plaintext { Ok(()) } else { Err(Error::Unverified(Mismatch::RoundTrip)) }
     }
 }

@@ -6,13 +6,12 @@ use zeroize::Zeroize;
 
 use crate::cache::{KekIdentity, OpenedKey};
 use crate::context::Context;
-use crate::envelope::{FLAG_AAD, FLAGS_AT, Header, Payload};
+use crate::envelope::{FLAG_AAD, FLAGS_AT, Header, Payload, bound_prefix};
 use crate::error::{Error, Malformed, Mismatch, Result};
 use crate::keyring::Kek;
 use crate::policy::PlaintextReads;
 use crate::provider::{Wait, WrappedRef};
 use crate::seal::{Derived, ExpandedKey};
-use crate::session::encrypt::bound_prefix;
 use crate::session::{Run, Session};
 use crate::sink::Sink;
 use crate::stored::{Kind, Stored, Value, direct_shape};
@@ -276,6 +275,7 @@ fn read_plaintext<W>(run: &Run<'_, W>, value: Value<'_>, plain: Plain, sink: &mu
     let read_as = match (plain, run.policy.plaintext_reads) {
         (Plain::Stated, _) | (_, PlaintextReads::Allow) => ReadAs::Plaintext,
         (_, PlaintextReads::Warn) => ReadAs::PlaintextWithWarning,
+        (_, PlaintextReads::Refuse) if direct_shape(value).is_ok() => return Err(Error::DirectOrPlaintextRefused),
         (_, PlaintextReads::Refuse) => return Err(Error::PlaintextRefused),
     };
     copy(value.bytes(), sink)?;

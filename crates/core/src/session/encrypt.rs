@@ -2,16 +2,17 @@
 
 use std::rc::Rc;
 
+use zeroize::Zeroize;
+
 use crate::armor;
 use crate::cache::{KekIdentity, OpenedKey, SealingKey};
 use crate::context::Context;
-use crate::envelope::{PAYLOAD_OVERHEAD, Wrap, write_header};
+use crate::envelope::{PAYLOAD_OVERHEAD, Wrap, bound_prefix, write_header};
 use crate::error::{Error, Result};
 use crate::keyring::Kek;
-use crate::legacy::write_payload;
 use crate::policy::WriteFormat;
 use crate::provider::Wait;
-use crate::seal::Derived;
+use crate::seal::{Derived, write_payload};
 use crate::session::{Run, Session};
 use crate::sink::Sink;
 use crate::stored::{Kind, Value, is_envelope};
@@ -40,8 +41,8 @@ impl Session {
             return Err(Error::AlreadyEnvelope);
         }
         match chosen_format(run, sealing.key)? {
-            WriteFormat::Direct => self.seal_direct(run, plaintext.bytes(), plaintext.kind(), sink),
-            _ => self.seal_envelope(run, plaintext.bytes(), plaintext.kind(), sealing, sink),
+            Format::Direct => self.seal_direct(run, plaintext.bytes(), plaintext.kind(), sink),
+            Format::Envelope => self.seal_envelope(run, plaintext.bytes(), plaintext.kind(), sealing, sink),
         }
     }
 
@@ -59,11 +60,12 @@ impl Session {
             Kind::Bytes => keys.seal(&mut self.random, plaintext, sink.buffer(length)?)?,
             Kind::Text => {
                 self.sealed.resize(length, 0);
-                keys.seal(&mut self.random, plaintext, &mut self.sealed)?;
+                keys.seal(&mut self.random, plaintext, &mut self.sealed).inspect_err(|_| self.sealed.zeroize())?;
                 let out = sink.buffer(armor::armored_length("", length)?)?;
                 armor::write_armored("", &self.sealed, out);
             }
         }
+        self.trim();
         self.stats.values_encrypted += 1;
         Ok(())
     }
@@ -106,10 +108,12 @@ impl Session {
                 let head = &key.armored[bound];
                 let out = sink.buffer(armor::armored_length(head, length)?)?;
                 self.sealed.resize(length, 0);
-                write_payload(&key.key, &mut self.random, &self.associated, plaintext, &mut self.sealed)?;
+                write_payload(&key.key, &mut self.random, &self.associated, plaintext, &mut self.sealed)
+                    .inspect_err(|_| self.sealed.zeroize())?;
                 armor::write_armored(head, &self.sealed, out);
             }
         }
+        self.trim();
         self.stats.values_encrypted += 1;
         Ok(())
     }
@@ -136,17 +140,19 @@ impl Session {
     }
 }
 
-/// Magic to context of a header that is known to be one.
-pub(super) fn bound_prefix(header: &[u8]) -> &[u8] {
-    let pairs = usize::from(u16::from_be_bytes([header[6], header[7]]));
-    &header[..8 + pairs]
+enum Format {
+    Envelope,
+    Direct,
 }
 
-fn chosen_format<W>(run: &Run<'_, W>, key: Option<&str>) -> Result<WriteFormat> {
+fn chosen_format<W>(run: &Run<'_, W>, key: Option<&str>) -> Result<Format> {
     match run.policy.write_format {
-        WriteFormat::Auto if key.is_some() || !run.keyring.keks.is_empty() => Ok(WriteFormat::Envelope),
-        WriteFormat::Auto if run.keyring.legacy()?.is_some() => Ok(WriteFormat::Direct),
+        WriteFormat::Envelope => Ok(Format::Envelope),
+        // It has no use for the key, but a name that is not configured is a mistake in every format.
+        WriteFormat::Direct if key.is_some_and(|name| !run.keyring.is_configured(name)) => Err(Error::UnknownGivenKey),
+        WriteFormat::Direct => Ok(Format::Direct),
+        WriteFormat::Auto if key.is_some() || !run.keyring.keks.is_empty() => Ok(Format::Envelope),
+        WriteFormat::Auto if run.keyring.legacy()?.is_some() => Ok(Format::Direct),
         WriteFormat::Auto => Err(Error::NothingConfigured),
-        stated => Ok(stated),
     }
 }

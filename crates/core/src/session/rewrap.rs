@@ -94,9 +94,9 @@ impl Session {
             return Ok(known.clone());
         }
         let wrapped = WrappedRef { kek_id: Some(wrap.kek_id), bytes: wrap.wrapped_dek };
-        let inside = target.provider.rewrap_from(&*source.provider, wrapped, &header.context);
+        let inside = run.call(target, target.provider.rewrap_from(&*source.provider, wrapped, &header.context))?;
         let fresh = match inside {
-            Some(call) => run.call(target, call)?,
+            Some(fresh) => fresh,
             None => {
                 let dek = run.call(source, source.provider.unwrap(wrapped, &header.context))?;
                 // A DEK that is not the payload's must not replace the one that is.

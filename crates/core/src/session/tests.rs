@@ -109,12 +109,12 @@ impl KeyProvider for FakeKek {
         _source: &'a dyn KeyProvider,
         wrapped: WrappedRef<'a>,
         context: &'a Context,
-    ) -> Option<ProviderFuture<'a, WrappedDek>> {
-        self.moves.then(|| {
-            count(&self.service.moved);
-            let moved = self.load(wrapped, context).map(|dek| self.store(dek, context));
-            Box::pin(ready(moved)) as ProviderFuture<'a, WrappedDek>
-        })
+    ) -> ProviderFuture<'a, Option<WrappedDek>> {
+        if !self.moves {
+            return Box::pin(ready(Ok(None)));
+        }
+        count(&self.service.moved);
+        Box::pin(ready(self.load(wrapped, context).map(|dek| Some(self.store(dek, context)))))
     }
 
     fn is_current(&self, kek_id: &str) -> Option<bool> {

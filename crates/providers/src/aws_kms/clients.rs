@@ -7,6 +7,7 @@ use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_sdk_kms::Client;
+use aws_sdk_kms::config::retry::{RetryPartition, TokenBucket};
 use std::time::Duration;
 use vod_tender_core::provider::{Fault, ProviderError};
 
@@ -41,14 +42,29 @@ impl Clients {
             let message = "no AWS region is configured: give the key's ARN, or region=REGION in its URI, or AWS_REGION";
             return Err(ProviderError::new(Fault::Misconfigured, message));
         }
-        let mut config =
-            aws_sdk_kms::config::Builder::from(&found).timeout_config(timeouts(limits)).retry_config(retries(limits));
+        let mut config = aws_sdk_kms::config::Builder::from(&found)
+            .timeout_config(timeouts(limits))
+            .retry_config(retries(limits))
+            // The SDK's quota of retries for a whole client would run dry in a long session; each call has its bounds.
+            .retry_partition(RetryPartition::custom("key service").token_bucket(TokenBucket::unlimited()).build());
         if let Some(endpoint) = &name.1 {
             config = config.endpoint_url(endpoint);
         }
         let client = Client::from_conf(config.build());
         self.made.borrow_mut().insert(name, (limits, client.clone()));
         Ok(client)
+    }
+
+    /// Whether both keys are asked at the same place, wherever their regions come from.
+    pub(super) async fn are_beside(&self, one: &AwsKey, two: &AwsKey) -> bool {
+        one.endpoint() == two.endpoint() && self.region(one).await == self.region(two).await
+    }
+
+    async fn region(&self, key: &AwsKey) -> Option<String> {
+        match key.region() {
+            Some(region) => Some(region.to_owned()),
+            None => self.find(None).await.region().map(ToString::to_string),
+        }
     }
 
     async fn find(&self, region: Option<String>) -> SdkConfig {

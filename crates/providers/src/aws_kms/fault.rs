@@ -1,17 +1,18 @@
 //! What an error of the AWS SDK means. No part of a request gets into the result.
 
+use aws_sdk_kms::config::http::HttpResponse;
 use aws_sdk_kms::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_kms::operation::RequestId;
 use vod_tender_core::provider::{Fault, ProviderError};
 
+/// In place of an error code, where the answer could not be read.
+const UNREADABLE: &str = "unreadable answer";
 /// Longest part of a service's message that is passed on.
 const MAX_MESSAGE: usize = 300;
 
-pub(super) fn from_sdk<E, R>(operation: &str, error: SdkError<E, R>) -> ProviderError
+pub(super) fn from_sdk<E>(operation: &str, error: SdkError<E, HttpResponse>) -> ProviderError
 where
     E: ProvideErrorMetadata + std::error::Error + 'static,
-    R: std::fmt::Debug + 'static,
-    SdkError<E, R>: RequestId,
 {
     let request_id = error.request_id().map(clean);
     let with_id = |text: String| match &request_id {
@@ -20,9 +21,9 @@ where
     };
     match &error {
         SdkError::ServiceError(answer) => {
-            let code = answer.err().code().unwrap_or("unknown error").to_owned();
+            let code = answer.err().code().unwrap_or(UNREADABLE).to_owned();
             let message = answer.err().message();
-            let fault = from_code(&code, message);
+            let fault = from_code(&code, message, answer.raw().status().is_server_error());
             ProviderError {
                 fault,
                 message: format!("AWS KMS {} {operation}", verb(fault)),
@@ -73,7 +74,7 @@ where
     "The connection failed.".into()
 }
 
-fn from_code(code: &str, message: Option<&str>) -> Fault {
+fn from_code(code: &str, message: Option<&str>, server_error: bool) -> Fault {
     match code {
         "AccessDeniedException"
         | "AccessDenied"
@@ -113,7 +114,11 @@ fn from_code(code: &str, message: Option<&str>) -> Fault {
                 Fault::Misconfigured
             }
         }
-        _ => Fault::Unreachable,
+        "KeyUnavailableException" | "DependencyTimeoutException" | "KMSInternalException" => Fault::Unreachable,
+        _ if server_error => Fault::Unreachable,
+        UNREADABLE => Fault::Unreachable,
+        // A refusal that this code does not know: trying again would not help.
+        _ => Fault::Misconfigured,
     }
 }
 
@@ -161,10 +166,12 @@ mod tests {
             ("IncorrectKeyException", Fault::Unverified),
             ("KMSInternalException", Fault::Unreachable),
         ] {
-            assert_eq!(from_code(code, None), fault, "{code}");
+            assert_eq!(from_code(code, None, false), fault, "{code}");
         }
-        assert_eq!(from_code("ValidationException", Some("'ciphertextBlob' failed")), Fault::Unverified);
-        assert_eq!(from_code("ValidationException", Some("'keyId' failed")), Fault::Misconfigured);
+        assert_eq!(from_code("ValidationException", Some("'ciphertextBlob' failed"), false), Fault::Unverified);
+        assert_eq!(from_code("BrandNewException", None, true), Fault::Unreachable);
+        assert_eq!(from_code("BrandNewException", None, false), Fault::Misconfigured);
+        assert_eq!(from_code("ValidationException", Some("'keyId' failed"), false), Fault::Misconfigured);
     }
 
     #[test]

@@ -1,228 +1,18 @@
-//! The session against a key service in memory that counts its calls.
+//! The session against a key service in memory.
 
-use std::any::Any;
-use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
-use std::future::ready;
-use std::rc::Rc;
-use std::task::{Context as TaskContext, Poll, Waker};
+mod world;
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::armor;
 use crate::context::Context;
-use crate::dek::Dek;
 use crate::envelope::{Envelope, Header};
 use crate::error::Mismatch;
 use crate::keyring::{KeyState, Legacy};
-use crate::legacy::LegacyKeys;
 use crate::policy::{Limits, PlaintextReads, WriteFormat};
-use crate::provider::{Fault, KeyProvider, ProviderError, WrappedDek, WrappedRef};
 use crate::stored::Value;
-
-#[derive(Default)]
-struct FakeClock(Rc<Cell<u64>>);
-
-impl Clock for FakeClock {
-    fn now_ms(&self) -> u64 {
-        self.0.get()
-    }
-}
-
-/// Polls once: the fake service answers at once.
-struct Immediately;
-
-impl Wait for Immediately {
-    fn wait<T>(&mut self, mut future: ProviderFuture<'_, T>) -> std::result::Result<T, ProviderError> {
-        match future.as_mut().poll(&mut TaskContext::from_waker(Waker::noop())) {
-            Poll::Ready(result) => result,
-            Poll::Pending => panic!("the fake service answers at once"),
-        }
-    }
-}
-
-#[derive(Default)]
-struct Service {
-    generated: Cell<u64>,
-    unwrapped: Cell<u64>,
-    wrapped: Cell<u64>,
-    moved: Cell<u64>,
-    deks: RefCell<HashMap<Vec<u8>, Kept>>,
-    refuses: Cell<bool>,
-}
-
-/// A DEK, the context it is bound to, and the id of the KEK that wrapped it.
-type Kept = ([u8; 32], Context, String);
-
-/// A KEK whose id is `id`; `moves` says whether the service can rewrap by itself.
-struct FakeKek {
-    service: Rc<Service>,
-    id: RefCell<String>,
-    moves: bool,
-    tells: bool,
-}
-
-impl FakeKek {
-    fn store(&self, dek: [u8; 32], context: &Context) -> WrappedDek {
-        let mut deks = self.service.deks.borrow_mut();
-        let bytes = format!("wrapped {}", deks.len()).into_bytes();
-        deks.insert(bytes.clone(), (dek, context.clone(), self.id.borrow().clone()));
-        WrappedDek { kek_id: self.id.borrow().clone(), bytes }
-    }
-
-    fn load(&self, wrapped: WrappedRef<'_>, context: &Context) -> std::result::Result<[u8; 32], ProviderError> {
-        if self.service.refuses.get() {
-            return Err(ProviderError::new(Fault::Denied, "no"));
-        }
-        match self.service.deks.borrow().get(wrapped.bytes) {
-            Some((dek, bound, id)) if bound == context && wrapped.kek_id == Some(id) => Ok(*dek),
-            _ => Err(ProviderError::new(Fault::Unverified, "no such wrapped DEK")),
-        }
-    }
-}
-
-fn count(cell: &Cell<u64>) {
-    cell.set(cell.get() + 1);
-}
-
-impl KeyProvider for FakeKek {
-    fn generate<'a>(&'a self, context: &'a Context) -> ProviderFuture<'a, (Dek, WrappedDek)> {
-        count(&self.service.generated);
-        let mut bytes = [0; 32];
-        crate::random::fill_from_system(&mut bytes).unwrap();
-        Box::pin(ready(Ok((Dek::copied(&bytes).unwrap(), self.store(bytes, context)))))
-    }
-
-    fn unwrap<'a>(&'a self, wrapped: WrappedRef<'a>, context: &'a Context) -> ProviderFuture<'a, Dek> {
-        count(&self.service.unwrapped);
-        Box::pin(ready(self.load(wrapped, context).map(|dek| Dek::copied(&dek).unwrap())))
-    }
-
-    fn wrap<'a>(&'a self, dek: &'a Dek, context: &'a Context) -> ProviderFuture<'a, WrappedDek> {
-        count(&self.service.wrapped);
-        Box::pin(ready(Ok(self.store(*dek.expose(), context))))
-    }
-
-    fn rewrap_from<'a>(
-        &'a self,
-        _source: &'a dyn KeyProvider,
-        wrapped: WrappedRef<'a>,
-        context: &'a Context,
-    ) -> ProviderFuture<'a, Option<WrappedDek>> {
-        if !self.moves {
-            return Box::pin(ready(Ok(None)));
-        }
-        count(&self.service.moved);
-        Box::pin(ready(self.load(wrapped, context).map(|dek| Some(self.store(dek, context)))))
-    }
-
-    fn is_current(&self, kek_id: &str) -> Option<bool> {
-        self.tells.then(|| *self.id.borrow() == kek_id)
-    }
-
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-}
-
-struct World {
-    service: Rc<Service>,
-    keyring: Keyring,
-    policy: Policy,
-    session: Session,
-    time: Rc<Cell<u64>>,
-    wait: Immediately,
-}
-
-impl World {
-    fn new() -> Self {
-        let service = Rc::new(Service::default());
-        let time = Rc::new(Cell::new(1_000_000));
-        let session = Session::new(Box::new(FakeClock(Rc::clone(&time)))).unwrap();
-        let keyring = Keyring { default_key: "main".into(), ..Keyring::default() };
-        let mut world = World { service, keyring, policy: Policy::default(), session, time, wait: Immediately };
-        world.add("main", "id-1", "{}", false, true);
-        world
-    }
-
-    fn add(&mut self, name: &str, id: &str, context: &str, moves: bool, tells: bool) -> Rc<FakeKek> {
-        let kek = Rc::new(FakeKek { service: Rc::clone(&self.service), id: RefCell::new(id.into()), moves, tells });
-        self.keyring.keks.push(Kek {
-            name: name.into(),
-            uri: format!("fake://{name}"),
-            context: Context::from_json(context).unwrap(),
-            requires_context: true,
-            state: KeyState::Active,
-            provider: Rc::clone(&kek) as Rc<dyn KeyProvider>,
-        });
-        kek
-    }
-
-    fn with_legacy(mut self) -> Self {
-        let mut keys = LegacyKeys::default();
-        assert!(keys.add_base64(&armor::encode(&[5; 32])));
-        self.keyring.legacy = Legacy::Keys(keys);
-        self
-    }
-
-    fn fresh_session(&mut self) {
-        self.session = Session::new(Box::new(FakeClock(Rc::clone(&self.time)))).unwrap();
-    }
-
-    fn split(&mut self) -> (&mut Session, Run<'_, Immediately>) {
-        (&mut self.session, Run { keyring: &self.keyring, policy: self.policy, wait: &mut self.wait })
-    }
-
-    fn encrypt(&mut self, plaintext: &str, sealing: Sealing<'_>) -> Result<String> {
-        let (session, mut run) = self.split();
-        let mut out = Vec::new();
-        session.encrypt(&mut run, Value::Text(plaintext), sealing, &mut out)?;
-        Ok(String::from_utf8(out).unwrap())
-    }
-
-    fn encrypt_bytes(&mut self, plaintext: &[u8], sealing: Sealing<'_>) -> Result<Vec<u8>> {
-        let (session, mut run) = self.split();
-        let mut out = Vec::new();
-        session.encrypt(&mut run, Value::Bytes(plaintext), sealing, &mut out)?;
-        Ok(out)
-    }
-
-    fn decrypt(&mut self, value: &str, reading: Reading<'_>) -> Result<String> {
-        let (session, mut run) = self.split();
-        let mut out = Vec::new();
-        session.decrypt(&mut run, Value::Text(value), reading, &mut out)?;
-        Ok(String::from_utf8(out).unwrap())
-    }
-
-    fn decrypt_bytes(&mut self, value: &[u8], reading: Reading<'_>) -> Result<Vec<u8>> {
-        let (session, mut run) = self.split();
-        let mut out = Vec::new();
-        session.decrypt(&mut run, Value::Bytes(value), reading, &mut out)?;
-        Ok(out)
-    }
-
-    fn upgrade(&mut self, value: &str, version: Option<i32>) -> Result<String> {
-        let (session, mut run) = self.split();
-        let mut out = Vec::new();
-        session.upgrade(&mut run, Value::Text(value), Sealing::default(), version, &mut out)?;
-        Ok(String::from_utf8(out).unwrap())
-    }
-
-    fn downgrade(&mut self, value: &str, version: Option<i32>) -> Result<String> {
-        let (session, mut run) = self.split();
-        let mut out = Vec::new();
-        session.downgrade(&mut run, Value::Text(value), None, version, &mut out)?;
-        Ok(String::from_utf8(out).unwrap())
-    }
-
-    fn rewrap(&mut self, value: &[u8], key: Option<&str>) -> Result<(Vec<u8>, bool)> {
-        let (session, mut run) = self.split();
-        let mut out = Vec::new();
-        let changed = session.rewrap(&mut run, Value::Bytes(value), key, &mut out)?;
-        Ok((out, changed))
-    }
-}
+use world::World;
 
 fn aad(aad: &str) -> Reading<'_> {
     Reading { aad: Some(aad), ..Reading::default() }
@@ -377,7 +167,7 @@ fn keys_that_are_not_configured_are_never_called() {
     assert_eq!(world.service.unwrapped.get(), 0);
     assert!(matches!(
         world.encrypt("x", Sealing { key: Some("nope"), ..Sealing::default() }),
-        Err(Error::UnknownKey(_))
+        Err(Error::UnknownGivenKey)
     ));
 }
 
@@ -472,7 +262,10 @@ fn what_auto_writes_depends_on_what_is_configured() {
     let mut world = world.with_legacy();
     let direct = world.encrypt("x", Sealing::default()).unwrap();
     assert_eq!(world.decrypt(&direct, stated(1)).unwrap(), "x");
-    assert!(matches!(world.encrypt("x", Sealing { key: Some("k"), ..Sealing::default() }), Err(Error::UnknownKey(_))));
+    assert!(matches!(
+        world.encrypt("x", Sealing { key: Some("k"), ..Sealing::default() }),
+        Err(Error::UnknownGivenKey)
+    ));
     world.keyring.legacy = Legacy::Broken("bad");
     assert!(matches!(world.encrypt("x", Sealing::default()), Err(Error::LegacyKey("bad"))));
     world.policy.plaintext_reads = PlaintextReads::Allow;

@@ -1,0 +1,222 @@
+//! A session, its keys, and a key service in memory that counts its calls.
+
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::future::ready;
+use std::rc::Rc;
+use std::task::{Context as TaskContext, Poll, Waker};
+
+use crate::armor;
+use crate::context::Context;
+use crate::dek::Dek;
+use crate::error::Result;
+use crate::keyring::{Kek, KeyState, Keyring, Legacy};
+use crate::legacy::LegacyKeys;
+use crate::policy::{Clock, Policy};
+use crate::provider::{Fault, KeyProvider, ProviderError, ProviderFuture, Wait, WrappedDek, WrappedRef};
+use crate::session::{Reading, Run, Sealing, Session};
+use crate::stored::Value;
+
+#[derive(Default)]
+pub(super) struct FakeClock(Rc<Cell<u64>>);
+
+impl Clock for FakeClock {
+    fn now_ms(&self) -> u64 {
+        self.0.get()
+    }
+}
+
+/// Polls once: the fake service answers at once.
+pub(super) struct Immediately;
+
+impl Wait for Immediately {
+    fn wait<T>(&mut self, mut future: ProviderFuture<'_, T>) -> std::result::Result<T, ProviderError> {
+        match future.as_mut().poll(&mut TaskContext::from_waker(Waker::noop())) {
+            Poll::Ready(result) => result,
+            Poll::Pending => panic!("the fake service answers at once"),
+        }
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Service {
+    pub(super) generated: Cell<u64>,
+    pub(super) unwrapped: Cell<u64>,
+    pub(super) wrapped: Cell<u64>,
+    pub(super) moved: Cell<u64>,
+    pub(super) deks: RefCell<HashMap<Vec<u8>, Kept>>,
+    pub(super) refuses: Cell<bool>,
+}
+
+/// A DEK, the context it is bound to, and the id of the KEK that wrapped it.
+type Kept = ([u8; 32], Context, String);
+
+/// A KEK whose id is `id`; `moves` says whether the service can rewrap by itself.
+pub(super) struct FakeKek {
+    pub(super) service: Rc<Service>,
+    pub(super) id: RefCell<String>,
+    pub(super) moves: bool,
+    pub(super) tells: bool,
+}
+
+impl FakeKek {
+    fn store(&self, dek: [u8; 32], context: &Context) -> WrappedDek {
+        let mut deks = self.service.deks.borrow_mut();
+        let bytes = format!("wrapped {}", deks.len()).into_bytes();
+        deks.insert(bytes.clone(), (dek, context.clone(), self.id.borrow().clone()));
+        WrappedDek { kek_id: self.id.borrow().clone(), bytes }
+    }
+
+    fn load(&self, wrapped: WrappedRef<'_>, context: &Context) -> std::result::Result<[u8; 32], ProviderError> {
+        if self.service.refuses.get() {
+            return Err(ProviderError::new(Fault::Denied, "no"));
+        }
+        match self.service.deks.borrow().get(wrapped.bytes) {
+            Some((dek, bound, id)) if bound == context && wrapped.kek_id == Some(id) => Ok(*dek),
+            _ => Err(ProviderError::new(Fault::Unverified, "no such wrapped DEK")),
+        }
+    }
+}
+
+fn count(cell: &Cell<u64>) {
+    cell.set(cell.get() + 1);
+}
+
+impl KeyProvider for FakeKek {
+    fn generate<'a>(&'a self, context: &'a Context) -> ProviderFuture<'a, (Dek, WrappedDek)> {
+        count(&self.service.generated);
+        let mut bytes = [0; 32];
+        crate::random::fill_from_system(&mut bytes).unwrap();
+        Box::pin(ready(Ok((Dek::copied(&bytes).unwrap(), self.store(bytes, context)))))
+    }
+
+    fn unwrap<'a>(&'a self, wrapped: WrappedRef<'a>, context: &'a Context) -> ProviderFuture<'a, Dek> {
+        count(&self.service.unwrapped);
+        Box::pin(ready(self.load(wrapped, context).map(|dek| Dek::copied(&dek).unwrap())))
+    }
+
+    fn wrap<'a>(&'a self, dek: &'a Dek, context: &'a Context) -> ProviderFuture<'a, WrappedDek> {
+        count(&self.service.wrapped);
+        Box::pin(ready(Ok(self.store(*dek.expose(), context))))
+    }
+
+    fn rewrap_from<'a>(
+        &'a self,
+        _source: &'a dyn KeyProvider,
+        wrapped: WrappedRef<'a>,
+        context: &'a Context,
+    ) -> ProviderFuture<'a, Option<WrappedDek>> {
+        if !self.moves {
+            return Box::pin(ready(Ok(None)));
+        }
+        count(&self.service.moved);
+        Box::pin(ready(self.load(wrapped, context).map(|dek| Some(self.store(dek, context)))))
+    }
+
+    fn is_current(&self, kek_id: &str) -> Option<bool> {
+        self.tells.then(|| *self.id.borrow() == kek_id)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+pub(super) struct World {
+    pub(super) service: Rc<Service>,
+    pub(super) keyring: Keyring,
+    pub(super) policy: Policy,
+    pub(super) session: Session,
+    pub(super) time: Rc<Cell<u64>>,
+    pub(super) wait: Immediately,
+}
+
+impl World {
+    pub(super) fn new() -> Self {
+        let service = Rc::new(Service::default());
+        let time = Rc::new(Cell::new(1_000_000));
+        let session = Session::new(Box::new(FakeClock(Rc::clone(&time)))).unwrap();
+        let keyring = Keyring { default_key: "main".into(), ..Keyring::default() };
+        let mut world = World { service, keyring, policy: Policy::default(), session, time, wait: Immediately };
+        world.add("main", "id-1", "{}", false, true);
+        world
+    }
+
+    pub(super) fn add(&mut self, name: &str, id: &str, context: &str, moves: bool, tells: bool) -> Rc<FakeKek> {
+        let kek = Rc::new(FakeKek { service: Rc::clone(&self.service), id: RefCell::new(id.into()), moves, tells });
+        self.keyring.keks.push(Kek {
+            name: name.into(),
+            uri: format!("fake://{name}"),
+            context: Context::from_json(context).unwrap(),
+            requires_context: true,
+            state: KeyState::Active,
+            provider: Rc::clone(&kek) as Rc<dyn KeyProvider>,
+        });
+        kek
+    }
+
+    pub(super) fn with_legacy(mut self) -> Self {
+        let mut keys = LegacyKeys::default();
+        assert!(keys.add_base64(&armor::encode(&[5; 32])));
+        self.keyring.legacy = Legacy::Keys(keys);
+        self
+    }
+
+    pub(super) fn fresh_session(&mut self) {
+        self.session = Session::new(Box::new(FakeClock(Rc::clone(&self.time)))).unwrap();
+    }
+
+    pub(super) fn split(&mut self) -> (&mut Session, Run<'_, Immediately>) {
+        (&mut self.session, Run { keyring: &self.keyring, policy: self.policy, wait: &mut self.wait })
+    }
+
+    pub(super) fn encrypt(&mut self, plaintext: &str, sealing: Sealing<'_>) -> Result<String> {
+        let (session, mut run) = self.split();
+        let mut out = Vec::new();
+        session.encrypt(&mut run, Value::Text(plaintext), sealing, &mut out)?;
+        Ok(String::from_utf8(out).unwrap())
+    }
+
+    pub(super) fn encrypt_bytes(&mut self, plaintext: &[u8], sealing: Sealing<'_>) -> Result<Vec<u8>> {
+        let (session, mut run) = self.split();
+        let mut out = Vec::new();
+        session.encrypt(&mut run, Value::Bytes(plaintext), sealing, &mut out)?;
+        Ok(out)
+    }
+
+    pub(super) fn decrypt(&mut self, value: &str, reading: Reading<'_>) -> Result<String> {
+        let (session, mut run) = self.split();
+        let mut out = Vec::new();
+        session.decrypt(&mut run, Value::Text(value), reading, &mut out)?;
+        Ok(String::from_utf8(out).unwrap())
+    }
+
+    pub(super) fn decrypt_bytes(&mut self, value: &[u8], reading: Reading<'_>) -> Result<Vec<u8>> {
+        let (session, mut run) = self.split();
+        let mut out = Vec::new();
+        session.decrypt(&mut run, Value::Bytes(value), reading, &mut out)?;
+        Ok(out)
+    }
+
+    pub(super) fn upgrade(&mut self, value: &str, version: Option<i32>) -> Result<String> {
+        let (session, mut run) = self.split();
+        let mut out = Vec::new();
+        session.upgrade(&mut run, Value::Text(value), Sealing::default(), version, &mut out)?;
+        Ok(String::from_utf8(out).unwrap())
+    }
+
+    pub(super) fn downgrade(&mut self, value: &str, version: Option<i32>) -> Result<String> {
+        let (session, mut run) = self.split();
+        let mut out = Vec::new();
+        session.downgrade(&mut run, Value::Text(value), None, version, &mut out)?;
+        Ok(String::from_utf8(out).unwrap())
+    }
+
+    pub(super) fn rewrap(&mut self, value: &[u8], key: Option<&str>) -> Result<(Vec<u8>, bool)> {
+        let (session, mut run) = self.split();
+        let mut out = Vec::new();
+        let changed = session.rewrap(&mut run, Value::Bytes(value), key, &mut out)?;
+        Ok((out, changed))
+    }
+}

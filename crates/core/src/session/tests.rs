@@ -216,9 +216,9 @@ fn dual_mode_reads_every_version() {
     world.policy.plaintext_reads = PlaintextReads::Allow;
     assert_eq!(world.decrypt("plain", none()).unwrap(), "plain");
     assert_eq!(world.decrypt("plain", stated(0)).unwrap(), "plain");
-    let mut broken = direct.clone().into_bytes();
+    let mut broken = armor::decode(&direct).unwrap();
     broken[20] ^= 1;
-    let broken = String::from_utf8(broken).unwrap();
+    let broken = armor::encode(&broken);
     assert!(matches!(world.decrypt(&broken, stated(1)), Err(Error::Unverified(Mismatch::Legacy))));
     let envelope = {
         world.policy.write_format = WriteFormat::Auto;

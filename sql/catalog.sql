@@ -15,8 +15,12 @@ SELECT pg_catalog.pg_extension_config_dump('vod_tender_crypto.kek', '');
 CREATE TRIGGER kek_changed
     AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE ON vod_tender_crypto.kek
     FOR EACH STATEMENT EXECUTE FUNCTION vod_tender_crypto.kek_changed();
--- Also where a replica applies changes.
+-- Logical replication applies changes row by row and fires no statement triggers.
+CREATE TRIGGER kek_row_changed
+    AFTER INSERT OR UPDATE OR DELETE ON vod_tender_crypto.kek
+    FOR EACH ROW EXECUTE FUNCTION vod_tender_crypto.kek_changed();
 ALTER TABLE vod_tender_crypto.kek ENABLE ALWAYS TRIGGER kek_changed;
+ALTER TABLE vod_tender_crypto.kek ENABLE ALWAYS TRIGGER kek_row_changed;
 
 CREATE FUNCTION vod_tender_crypto.add_key(name text, uri text, context jsonb DEFAULT '{}') RETURNS void
     LANGUAGE sql VOLATILE

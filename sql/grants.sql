@@ -21,7 +21,7 @@ BEGIN
 END
 $$;
 
--- Keys: the owner only. To let another role configure them, grant the functions and the table.
+-- Keys: the owner only. Whoever may configure them owns them: a KEK's endpoint receives the server's signed requests.
 REVOKE ALL ON TABLE vod_tender_crypto.kek FROM PUBLIC;
 REVOKE ALL ON FUNCTION vod_tender_crypto.add_key(text, text, jsonb) FROM PUBLIC;
 REVOKE ALL ON FUNCTION vod_tender_crypto.set_key_state(text, text) FROM PUBLIC;

@@ -63,7 +63,7 @@ unsafe impl<'fcx> ArgAbi<'fcx> for ContextIn {
 }
 
 /// Bytes in the server's encoding as UTF-8; `None` when they have no such form.
-fn to_utf8(bytes: &[u8]) -> Option<Cow<'_, str>> {
+pub fn to_utf8(bytes: &[u8]) -> Option<Cow<'_, str>> {
     if server_is(pg_sys::pg_enc::PG_UTF8) || server_is(pg_sys::pg_enc::PG_SQL_ASCII) || bytes.is_ascii() {
         return std::str::from_utf8(bytes).ok().map(Cow::Borrowed);
     }
@@ -97,7 +97,9 @@ fn convert(bytes: &[u8], from: c_int, to: c_int) -> Option<Vec<u8>> {
     let length = c_int::try_from(bytes.len()).ok()?;
     // No encoding needs more than four times the bytes; one more is for the end of the C string.
     let room = length.checked_mul(4)?.checked_add(1)?;
-    let mut converted = vec![0u8; room as usize];
+    let mut converted = Vec::new();
+    converted.try_reserve_exact(room as usize).ok()?;
+    converted.resize(room as usize, 0u8);
     // SAFETY: PostgreSQL reads `length` bytes and writes at most `room`, a C string; `noError` keeps it from raising.
     let consumed = unsafe {
         let procedure = pg_sys::FindDefaultConversionProc(from, to);

@@ -3,10 +3,13 @@
 //! It is read by a direct scan: any role's call needs the keys, and no role needs rights on the table for it. The scan
 //! runs no SQL, so no search path, operator or rule of the caller's can interfere.
 
+use std::borrow::Cow;
+use std::ffi::CStr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use pgrx::heap_tuple::PgHeapTuple;
-use pgrx::{JsonB, PgTupleDesc, pg_sys};
+use pgrx::{FromDatum, pg_sys};
+
+use crate::arguments::to_utf8;
 
 /// One configured KEK as the table has it.
 pub struct KekRow {
@@ -86,34 +89,53 @@ pub fn read_keks() -> Vec<KekRow> {
         }
         let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
         let relation = pg_sys::table_open(table, lock);
-        // The newest state also under REPEATABLE READ: a key that was disabled must not serve on.
-        let newest = if pg_sys::IsInParallelMode() { pg_sys::GetActiveSnapshot() } else { pg_sys::GetLatestSnapshot() };
-        let snapshot = pg_sys::RegisterSnapshot(newest);
-        let no_index = pg_sys::InvalidOid;
-        let scan = pg_sys::systable_beginscan(relation, no_index, false, snapshot, 0, std::ptr::null_mut());
+        // Without a snapshot of ours the scan takes a fresh one, in parallel mode and under REPEATABLE READ too: a key
+        // that was disabled must not serve on.
+        let scan = pg_sys::systable_beginscan(
+            relation,
+            pg_sys::InvalidOid,
+            false,
+            std::ptr::null_mut(),
+            0,
+            std::ptr::null_mut(),
+        );
         let mut rows = Vec::new();
         loop {
             let tuple = pg_sys::systable_getnext(scan);
             if tuple.is_null() {
                 break;
             }
-            let description = PgTupleDesc::from_pg_is_copy(pg_sys::CreateTupleDescCopy((*relation).rd_att));
-            rows.extend(read_row(&PgHeapTuple::from_heap_tuple(description, tuple)));
+            rows.extend(read_row(tuple, (*relation).rd_att));
         }
         pg_sys::systable_endscan(scan);
-        pg_sys::UnregisterSnapshot(snapshot);
         pg_sys::table_close(relation, lock);
         rows
     }
 }
 
-fn read_row<A: pgrx::WhoAllocated>(tuple: &PgHeapTuple<'_, A>) -> Option<KekRow> {
-    let text = |column: &str| tuple.get_by_name::<String>(column).ok().flatten();
-    let context = tuple.get_by_name::<JsonB>("context").ok().flatten().map(|json| json.0.to_string());
-    Some(KekRow {
-        name: text("name")?,
-        uri: text("uri")?,
-        context: context.unwrap_or_else(|| "{}".to_owned()),
-        state: text("state")?,
-    })
+/// # Safety
+/// The tuple is of the table, and the description the table's.
+unsafe fn read_row(tuple: pg_sys::HeapTuple, description: pg_sys::TupleDesc) -> Option<KekRow> {
+    // SAFETY: as promised; the arrays have a place for every column.
+    unsafe {
+        let columns = usize::try_from((*description).natts).ok()?;
+        let mut values = vec![pg_sys::Datum::null(); columns];
+        let mut nulls = vec![true; columns];
+        pg_sys::heap_deform_tuple(tuple, description, values.as_mut_ptr(), nulls.as_mut_ptr());
+        let column = |name: &CStr| {
+            let at = usize::try_from(pg_sys::SPI_fnumber(description, name.as_ptr())).ok()?.checked_sub(1)?;
+            (!nulls[at]).then(|| values[at])
+        };
+        let text = |name| column(name).and_then(|datum| <&[u8]>::from_datum(datum, false)).map(readable);
+        let context = column(c"context").and_then(|datum| {
+            pgrx::direct_function_call::<&CStr>(pg_sys::jsonb_out, &[Some(datum)]).map(|json| readable(json.to_bytes()))
+        });
+        Some(KekRow { name: text(c"name")?, uri: text(c"uri")?, context: context?, state: text(c"state")? })
+    }
+}
+
+/// Text of the server's encoding. What has no form in UTF-8 becomes something that no key can use, so that the row is
+/// kept and says so.
+fn readable(bytes: &[u8]) -> String {
+    to_utf8(bytes).map_or_else(|| "\u{fffd}".to_owned(), Cow::into_owned)
 }

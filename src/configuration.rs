@@ -18,7 +18,10 @@ use crate::settings;
 pub fn read_keyring(services: &Services) -> Keyring {
     let mut keks: Vec<_> = catalog::read_keks().into_iter().filter_map(|row| from_row(row, services)).collect();
     if !keks.iter().any(|kek| kek.name == ENVIRONMENT_KEY) {
-        keks.extend(from_environment(services));
+        // Alone, no other key's envelopes can be passed off as its own, and the setting that gives its context may
+        // change without closing what was written before. Beside others it is held to its context as they are.
+        let requires_context = !keks.is_empty();
+        keks.extend(from_environment(requires_context, services));
     }
     Keyring { keks, default_key: settings::default_key(), legacy: read_legacy() }
 }
@@ -29,14 +32,12 @@ fn from_row(row: KekRow, services: &Services) -> Option<Kek> {
     Some(make_kek(row.name, row.uri.clone(), KekUri::parse(&row.uri), &row.context, state, true, services))
 }
 
-fn from_environment(services: &Services) -> Option<Kek> {
+fn from_environment(requires_context: bool, services: &Services) -> Option<Kek> {
     let value = std::env::var_os("KMS_KEY_ID").filter(|value| !value.is_empty())?;
     let value = value.to_string_lossy().into_owned();
     let uri = KekUri::parse_environment(&value);
     let context = settings::encryption_context();
-    // It is the only key of its kind, so no other key's envelopes can be passed off as its own; and the setting that
-    // gives its context may change without closing what was written before.
-    Some(make_kek(ENVIRONMENT_KEY.to_owned(), value, uri, &context, KeyState::Active, false, services))
+    Some(make_kek(ENVIRONMENT_KEY.to_owned(), value, uri, &context, KeyState::Active, requires_context, services))
 }
 
 fn make_kek(

@@ -64,7 +64,20 @@ pub fn unwrap_base64(text: &str) -> Option<String> {
 
 /// Decodes canonical base64.
 pub fn decode(text: &str) -> std::result::Result<Vec<u8>, Malformed> {
-    STANDARD.decode(text).map_err(|_| Malformed("not canonical base64"))
+    let room = base64::decoded_len_estimate(text.len());
+    let mut bytes = zeroed(room).ok_or(Malformed::NO_MEMORY)?;
+    let length = STANDARD.decode_slice(text, &mut bytes).map_err(|_| Malformed("not canonical base64"))?;
+    bytes.truncate(length);
+    Ok(bytes)
+}
+
+/// `length` zero bytes, if there is memory: an allocation that fails otherwise ends the process, and with it the server's
+/// other sessions.
+pub(crate) fn zeroed(length: usize) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(length).ok()?;
+    bytes.resize(length, 0);
+    Some(bytes)
 }
 
 /// Decodes the base64 of a payload and checks that it can be one.

@@ -41,6 +41,10 @@ impl Context {
 
     /// The context in a JSON object of strings, for example `{"tenant": "a"}`.
     pub fn from_json(json: &str) -> Result<Self> {
+        // No context fits that is longer; and parsing must not run out of memory.
+        if json.len() > 16 * MAX_PAIR_BYTES {
+            return Err(Error::BadContext("it is longer than 65535 bytes"));
+        }
         serde_json::from_str::<BTreeMap<String, String>>(json)
             .map_err(|_| Error::BadContext("it must be a JSON object whose values are strings"))
             .and_then(|pairs| Self::from_pairs(&pairs))

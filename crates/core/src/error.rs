@@ -13,7 +13,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub enum Error {
     /// The value is not an encoding that this version reads.
     #[error("malformed envelope")]
-    Malformed(#[from] Malformed),
+    Malformed(Malformed),
     /// A tag, a commitment or a context does not fit.
     #[error("value does not verify")]
     Unverified(Mismatch),
@@ -86,6 +86,17 @@ pub enum Error {
 impl Error {
     /// What a reader of plaintext is warned with, where the policy says so.
     pub const PLAINTEXT_WARNING: &'static str = "a value that is not encrypted was read";
+}
+
+impl From<Malformed> for Error {
+    fn from(malformed: Malformed) -> Self {
+        if malformed == Malformed::NO_MEMORY { Error::TooLarge } else { Error::Malformed(malformed) }
+    }
+}
+
+impl Malformed {
+    /// Not a fault of the encoding: there is no memory to decode it into. Becomes [`Error::TooLarge`].
+    pub const NO_MEMORY: Malformed = Malformed("it does not fit into memory");
 }
 
 /// What about an encoding is wrong.

@@ -44,9 +44,9 @@ impl LegacyKeys {
     }
 
     /// Whether one of the keys opens `payload`.
-    pub fn opens(&self, payload: Payload<'_>) -> bool {
-        let mut scratch = Zeroizing::new(vec![0; payload.ciphertext.len()]);
-        self.open(payload, &mut scratch).is_ok()
+    pub fn opens(&self, payload: Payload<'_>) -> Result<bool> {
+        let scratch = armor::zeroed(payload.ciphertext.len()).ok_or(Error::TooLarge)?;
+        Ok(self.open(payload, &mut Zeroizing::new(scratch)).is_ok())
     }
 
     /// Seals `plaintext` under the first key into `out`, which has 28 bytes more.
@@ -80,8 +80,8 @@ mod tests {
         assert!(both.add_base64(&new) && both.add_base64(&old));
         let mut sealed = vec![0; 5 + PAYLOAD_OVERHEAD];
         old_keys.seal(&mut random, b"token", &mut sealed).unwrap();
-        assert!(both.opens(Payload::parse(&sealed).unwrap()));
+        assert!(both.opens(Payload::parse(&sealed).unwrap()).unwrap());
         both.seal(&mut random, b"token", &mut sealed).unwrap();
-        assert!(!old_keys.opens(Payload::parse(&sealed).unwrap()));
+        assert!(!old_keys.opens(Payload::parse(&sealed).unwrap()).unwrap());
     }
 }

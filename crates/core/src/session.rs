@@ -50,6 +50,22 @@ pub struct Run<'a, W> {
     pub wait: &'a mut W,
 }
 
+fn bind(associated: &mut Vec<u8>, prefix: &[u8], aad: &str) -> Result<()> {
+    associated.clear();
+    associated.try_reserve(prefix.len().saturating_add(aad.len())).map_err(|_| Error::TooLarge)?;
+    associated.extend_from_slice(prefix);
+    associated.extend_from_slice(aad.as_bytes());
+    Ok(())
+}
+
+/// Gives `buffer` that length, if there is memory.
+fn resize(buffer: &mut Vec<u8>, length: usize) -> Result<()> {
+    buffer.clear();
+    buffer.try_reserve(length).map_err(|_| Error::TooLarge)?;
+    buffer.resize(length, 0);
+    Ok(())
+}
+
 impl<W: Wait> Run<'_, W> {
     /// Waits for a call to the service of `kek`.
     fn call<T>(&mut self, kek: &Kek, future: ProviderFuture<'_, T>) -> Result<T> {
@@ -91,6 +107,11 @@ impl Session {
         self.associated = Vec::new();
         // Opening and sealing spill round keys onto the stack; doing this for each value would cost more than the value.
         burn_stack();
+    }
+
+    /// Sets the associated data of the value at hand.
+    fn bind(&mut self, prefix: &[u8], aad: &str) -> Result<()> {
+        bind(&mut self.associated, prefix, aad)
     }
 
     /// Gives back the memory of a large value.

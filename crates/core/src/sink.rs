@@ -2,7 +2,7 @@
 
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Memory for one result.
 pub trait Sink {
@@ -15,6 +15,7 @@ pub trait Sink {
 impl Sink for Vec<u8> {
     fn buffer(&mut self, len: usize) -> Result<&mut [u8]> {
         self.zeroize();
+        self.try_reserve_exact(len).map_err(|_| Error::TooLarge)?;
         self.resize(len, 0);
         Ok(self)
     }

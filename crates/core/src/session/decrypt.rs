@@ -71,11 +71,14 @@ impl Session {
         let Stored::Other(value) = Stored::parse(value)? else {
             return Ok(2);
         };
-        let Ok(sealed) = direct_shape(value) else {
-            return Ok(0);
+        let sealed = match direct_shape(value) {
+            Err(Error::Malformed(_)) => return Ok(0),
+            shape => shape?,
         };
-        let keys = run.keyring.legacy()?;
-        Ok(i32::from(keys.is_some_and(|keys| Payload::parse(&sealed).is_ok_and(|payload| keys.opens(payload)))))
+        match run.keyring.legacy()? {
+            Some(keys) => keys.opens(Payload::parse(&sealed)?).map(i32::from),
+            None => Ok(0),
+        }
     }
 
     /// Reads a value that is not version 2.
@@ -135,9 +138,7 @@ impl Session {
             (_, aad) => aad.unwrap_or(""),
         };
         check_expected(&opened.context, reading.context)?;
-        self.associated.clear();
-        self.associated.extend_from_slice(bound_prefix(header));
-        self.associated.extend_from_slice(aad.as_bytes());
+        self.bind(bound_prefix(header), aad)?;
         self.open_payload(&opened.key, payload, kind, sink)
     }
 

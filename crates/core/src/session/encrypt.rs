@@ -13,7 +13,7 @@ use crate::keyring::Kek;
 use crate::policy::WriteFormat;
 use crate::provider::Wait;
 use crate::seal::{Derived, write_payload};
-use crate::session::{Run, Session};
+use crate::session::{Run, Session, bind, resize};
 use crate::sink::Sink;
 use crate::stored::{Kind, Value, is_envelope};
 
@@ -59,7 +59,7 @@ impl Session {
         match kind {
             Kind::Bytes => keys.seal(&mut self.random, plaintext, sink.buffer(length)?)?,
             Kind::Text => {
-                self.sealed.resize(length, 0);
+                resize(&mut self.sealed, length)?;
                 keys.seal(&mut self.random, plaintext, &mut self.sealed).inspect_err(|_| self.sealed.zeroize())?;
                 let out = sink.buffer(armor::armored_length("", length)?)?;
                 armor::write_armored("", &self.sealed, out);
@@ -92,9 +92,7 @@ impl Session {
         let key = self.sealing.get(&kek.name, own_context, 0, now, &limits).ok_or(Error::TooLarge)?;
         key.count(plaintext.len());
         let bound = usize::from(sealing.aad.is_some());
-        self.associated.clear();
-        self.associated.extend_from_slice(bound_prefix(&key.headers[bound]));
-        self.associated.extend_from_slice(sealing.aad.unwrap_or("").as_bytes());
+        bind(&mut self.associated, bound_prefix(&key.headers[bound]), sealing.aad.unwrap_or(""))?;
         let length = plaintext.len() + PAYLOAD_OVERHEAD;
         match kind {
             Kind::Bytes => {
@@ -107,7 +105,7 @@ impl Session {
             Kind::Text => {
                 let head = &key.armored[bound];
                 let out = sink.buffer(armor::armored_length(head, length)?)?;
-                self.sealed.resize(length, 0);
+                resize(&mut self.sealed, length)?;
                 write_payload(&key.key, &mut self.random, &self.associated, plaintext, &mut self.sealed)
                     .inspect_err(|_| self.sealed.zeroize())?;
                 armor::write_armored(head, &self.sealed, out);

@@ -11,7 +11,7 @@ use crate::envelope::{Header, Wrap};
 use crate::error::{Error, Result};
 use crate::keyring::Kek;
 use crate::policy::Limits;
-use crate::provider::{Wait, WrappedDek, WrappedRef};
+use crate::provider::{Fault, Wait, WrappedDek, WrappedRef};
 use crate::seal::Derived;
 use crate::session::decrypt::{copy, more_telling, usable_kek};
 use crate::session::{Run, Session};
@@ -72,8 +72,12 @@ impl Session {
         let order = own.into_iter().chain((0..header.wraps.len()).filter(|&at| Some(at) != own));
         let mut failure = None;
         for at in order {
-            match self.rewrap_one(run, target, header, &header.wraps[at]) {
+            // A wrap that replaces another one must be seen to hold the payload's DEK.
+            let replaces_own = own.is_some_and(|own| own != at);
+            match self.rewrap_one(run, target, header, &header.wraps[at], replaces_own) {
                 Ok(fresh) => return Ok((at, fresh)),
+                // Its own wrap may be good, only not now: it is not to be replaced.
+                Err(error) if Some(at) == own && is_passing(&error) => return Err(error),
                 Err(error) => failure = Some(more_telling(failure, error)),
             }
         }
@@ -86,15 +90,21 @@ impl Session {
         target: &Kek,
         header: &Header<'_>,
         wrap: &Wrap<'_>,
+        must_check: bool,
     ) -> Result<WrappedDek> {
         let source = usable_kek(run, wrap.key_name, &header.context)?;
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
-        if let Some(known) = self.rewraps.get(&target.name, wrap, now, &limits) {
+        let known = self.rewraps.get(&target.name, wrap, now, &limits).filter(|_| !must_check);
+        // What was learned before the target's key was replaced is of no use.
+        if let Some(known) = known.filter(|known| target.provider.is_current(&known.kek_id) != Some(false)) {
             return Ok(known.clone());
         }
         let wrapped = WrappedRef { kek_id: Some(wrap.kek_id), bytes: wrap.wrapped_dek };
-        let inside = run.call(target, target.provider.rewrap_from(&*source.provider, wrapped, &header.context))?;
+        let inside = match must_check {
+            true => None,
+            false => run.call(target, target.provider.rewrap_from(&*source.provider, wrapped, &header.context))?,
+        };
         let fresh = match inside {
             Some(fresh) => fresh,
             None => {
@@ -107,6 +117,11 @@ impl Session {
         self.rewraps.put(&target.name, wrap, &fresh, now, &limits);
         Ok(fresh)
     }
+}
+
+fn is_passing(error: &Error) -> bool {
+    let Error::Service { source, .. } = error else { return false };
+    matches!(source.fault, Fault::Throttled | Fault::Unreachable | Fault::Denied)
 }
 
 fn write(kind: Kind, header: &[u8], payload: &[u8], sink: &mut dyn Sink) -> Result<()> {

@@ -76,7 +76,10 @@ impl Clients {
             loader = loader.region(Region::new(region.clone()));
         }
         let found = loader.load().await;
-        self.found.borrow_mut().insert(region, found.clone());
+        // A region that could not be found now may be found later.
+        if found.region().is_some() {
+            self.found.borrow_mut().insert(region, found.clone());
+        }
         found
     }
 

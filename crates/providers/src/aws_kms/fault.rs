@@ -27,7 +27,8 @@ where
             ProviderError {
                 fault,
                 message: format!("AWS KMS {} {operation}", verb(fault)),
-                trace: Some(with_id(service_text(&code, message))),
+                // The request of Encrypt holds a DEK, which a service might quote.
+                trace: Some(with_id(service_text(&code, message.filter(|_| operation != "Encrypt")))),
             }
         }
         SdkError::TimeoutError(_) => unreachable(operation, "did not answer in time", None),

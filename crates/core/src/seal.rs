@@ -104,7 +104,9 @@ pub(crate) fn write_payload(
     let (body, tag_out) = rest.split_at_mut(plaintext.len());
     nonce_out.copy_from_slice(&nonce);
     body.copy_from_slice(plaintext);
-    tag_out.copy_from_slice(&key.seal(&nonce, associated, body)?);
+    // A failure must not leave the plaintext where ciphertext was to be.
+    let tag = key.seal(&nonce, associated, body).inspect_err(|_| body.zeroize())?;
+    tag_out.copy_from_slice(&tag);
     Ok(())
 }
 

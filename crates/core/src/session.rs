@@ -50,6 +50,7 @@ pub struct Run<'a, W> {
     pub wait: &'a mut W,
 }
 
+/// Sets the associated data of the value at hand, if there is memory.
 fn bind(associated: &mut Vec<u8>, prefix: &[u8], aad: &str) -> Result<()> {
     associated.clear();
     associated.try_reserve(prefix.len().saturating_add(aad.len())).map_err(|_| Error::TooLarge)?;
@@ -107,11 +108,6 @@ impl Session {
         self.associated = Vec::new();
         // Opening and sealing spill round keys onto the stack; doing this for each value would cost more than the value.
         burn_stack();
-    }
-
-    /// Sets the associated data of the value at hand.
-    fn bind(&mut self, prefix: &[u8], aad: &str) -> Result<()> {
-        bind(&mut self.associated, prefix, aad)
     }
 
     /// Gives back the memory of a large value.

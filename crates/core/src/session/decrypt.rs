@@ -12,7 +12,7 @@ use crate::keyring::Kek;
 use crate::policy::PlaintextReads;
 use crate::provider::{Wait, WrappedRef};
 use crate::seal::{Derived, ExpandedKey};
-use crate::session::{Run, Session};
+use crate::session::{Run, Session, bind};
 use crate::sink::Sink;
 use crate::stored::{Kind, Stored, Value, direct_shape};
 
@@ -138,7 +138,7 @@ impl Session {
             (_, aad) => aad.unwrap_or(""),
         };
         check_expected(&opened.context, reading.context)?;
-        self.bind(bound_prefix(header), aad)?;
+        bind(&mut self.associated, bound_prefix(header), aad)?;
         self.open_payload(&opened.key, payload, kind, sink)
     }
 

@@ -2,8 +2,6 @@
 
 use std::rc::Rc;
 
-use zeroize::Zeroize;
-
 use crate::armor;
 use crate::cache::{KekIdentity, OpenedKey, SealingKey};
 use crate::context::Context;
@@ -60,7 +58,7 @@ impl Session {
             Kind::Bytes => keys.seal(&mut self.random, plaintext, sink.buffer(length)?)?,
             Kind::Text => {
                 resize(&mut self.sealed, length)?;
-                keys.seal(&mut self.random, plaintext, &mut self.sealed).inspect_err(|_| self.sealed.zeroize())?;
+                keys.seal(&mut self.random, plaintext, &mut self.sealed)?;
                 let out = sink.buffer(armor::armored_length("", length)?)?;
                 armor::write_armored("", &self.sealed, out);
             }
@@ -106,8 +104,7 @@ impl Session {
                 let head = &key.armored[bound];
                 let out = sink.buffer(armor::armored_length(head, length)?)?;
                 resize(&mut self.sealed, length)?;
-                write_payload(&key.key, &mut self.random, &self.associated, plaintext, &mut self.sealed)
-                    .inspect_err(|_| self.sealed.zeroize())?;
+                write_payload(&key.key, &mut self.random, &self.associated, plaintext, &mut self.sealed)?;
                 armor::write_armored(head, &self.sealed, out);
             }
         }

@@ -94,7 +94,7 @@ def exercise_every_path(own, connection, kms, stored):
     connection.execute("SET vod_tender_crypto.kms_max_attempts = 2")
     for fault in [faults.deny(), faults.throttle(), faults.server_error(), faults.expired_token(),
                   faults.unrecognized_client(), faults.garbage(), faults.cut(), faults.never_answer(),
-                  faults.wrong_key_id(kms.arn[:-1] + "0"), faults.wrong_dek_length(16),
+                  faults.wrong_key_id(kms.create_key()), faults.wrong_dek_length(16),
                   faults.error("InvalidSignatureException", f"canonical string: x-amz-security-token:{SECRET_KEY}")]:
         connection.execute("SELECT envelope_cache_clear()")
         kms.inject(fault)

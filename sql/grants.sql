@@ -22,11 +22,9 @@ END
 $$;
 
 -- Keys: the owner only. Whoever may configure them owns them: a KEK's endpoint receives the server's signed requests.
-REVOKE ALL ON TABLE vod_tender_crypto.kek FROM PUBLIC;
-REVOKE ALL ON FUNCTION vod_tender_crypto.add_key(text, text, jsonb) FROM PUBLIC;
-REVOKE ALL ON FUNCTION vod_tender_crypto.set_key_state(text, text) FROM PUBLIC;
-REVOKE ALL ON FUNCTION vod_tender_crypto.drop_key(text) FROM PUBLIC;
-REVOKE ALL ON FUNCTION vod_tender_crypto.check_key(text, text, jsonb) FROM PUBLIC;
-REVOKE ALL ON FUNCTION vod_tender_crypto.kek_changed() FROM PUBLIC;
--- Reaching one's own counters needs the schema.
+-- Jobs, census and verify: whom grant_jobs() names, and on their own tables (row-level security of the jobs' tables).
+REVOKE ALL ON ALL TABLES IN SCHEMA vod_tender_crypto FROM PUBLIC;
+REVOKE ALL ON ALL ROUTINES IN SCHEMA vod_tender_crypto FROM PUBLIC;
+-- Reaching one's own counters.
+GRANT EXECUTE ON FUNCTION vod_tender_crypto.session_stats() TO PUBLIC;
 GRANT USAGE ON SCHEMA vod_tender_crypto TO PUBLIC;

@@ -61,7 +61,8 @@ mod vod_tender_crypto {
     }
 }
 
-fn invalid(message: &str, hint: &str) -> ! {
+/// Raises for an argument that cannot be used.
+pub fn invalid(message: &str, hint: &str) -> ! {
     let code = PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE;
     throw(ErrorReport::new(code, message.to_owned(), "vod_tender_crypto").set_hint(hint))
 }

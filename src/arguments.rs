@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::ffi::{CStr, c_int};
 
 use pgrx::callconv::{Arg, ArgAbi};
+use pgrx::datum::{Datum, UnboxDatum};
 use pgrx::{impl_sql_translatable, pg_sys};
 use vod_tender_core::Error;
 use vod_tender_core::context::Context;
@@ -34,6 +35,22 @@ unsafe impl<'fcx> ArgAbi<'fcx> for TextIn<'fcx> {
         // SAFETY: the argument is a text, and the detoasted bytes live as long as the call.
         let bytes = unsafe { arg.unbox_arg_using_from_datum::<&'fcx [u8]>() }.unwrap_or_default();
         TextIn(to_utf8(bytes))
+    }
+}
+
+// SAFETY: an element of a `text` array is a varlena, which is what is unboxed.
+unsafe impl UnboxDatum for TextIn<'_> {
+    type As<'src>
+        = TextIn<'src>
+    where
+        Self: 'src;
+
+    unsafe fn unbox<'src>(datum: Datum<'src>) -> TextIn<'src>
+    where
+        Self: 'src,
+    {
+        // SAFETY: as above; the bytes live as long as the array.
+        TextIn(to_utf8(unsafe { <&[u8]>::unbox(datum) }))
     }
 }
 

@@ -22,6 +22,13 @@ pub fn raise(error: &Error, kind: Kind) -> ! {
     throw(report)
 }
 
+/// The SQLSTATE of an error, five characters.
+pub fn sqlstate_text(error: &Error, kind: Kind) -> String {
+    let code = sqlstate(error, kind) as i32;
+    // Five groups of six bits, the first character in the lowest.
+    (0..5).map(|at| char::from(((code >> (6 * at)) & 0x3f) as u8 + b'0')).collect()
+}
+
 /// Unwinds to pgrx's guard, which raises the error in PostgreSQL. Not a panic: that would run the panic hook, which
 /// adds a backtrace to the client's DETAIL where the server's environment asks for backtraces.
 pub fn throw(report: ErrorReport) -> ! {

@@ -6,12 +6,14 @@
 mod administration;
 mod arguments;
 mod backend;
+mod bulk;
 mod catalog;
 mod configuration;
 mod data_path;
 mod errors;
 mod process;
 mod results;
+mod row_expression;
 mod settings;
 mod signals;
 mod wait;
@@ -35,4 +37,26 @@ pgrx::extension_sql_file!(
     name = "catalog",
     requires = [administration::vod_tender_crypto::check_key, administration::vod_tender_crypto::kek_changed]
 );
-pgrx::extension_sql_file!("../sql/grants.sql", name = "grants", requires = ["catalog"], finalize);
+pgrx::extension_sql_file!("../sql/protected_column.sql", name = "protected_column", requires = ["catalog"]);
+pgrx::extension_sql_file!("../sql/job_tables.sql", name = "job_tables", requires = ["protected_column"]);
+pgrx::extension_sql_file!(
+    "../sql/job_plan.sql",
+    name = "job_plan",
+    requires = [
+        "job_tables",
+        bulk::vod_tender_crypto::is_due_text,
+        bulk::vod_tender_crypto::is_due_bytea,
+        bulk::vod_tender_crypto::convert_batch_text,
+        bulk::vod_tender_crypto::convert_batch_bytea,
+        bulk::vod_tender_crypto::job_key,
+        bulk::vod_tender_crypto::row_expression,
+        bulk::vod_tender_crypto::stored_under_text,
+        bulk::vod_tender_crypto::stored_under_bytea
+    ]
+);
+pgrx::extension_sql_file!("../sql/job_steps.sql", name = "job_steps", requires = ["job_plan"]);
+pgrx::extension_sql_file!("../sql/job_run.sql", name = "job_run", requires = ["job_steps"]);
+pgrx::extension_sql_file!("../sql/jobs.sql", name = "jobs", requires = ["job_run"]);
+pgrx::extension_sql_file!("../sql/verify.sql", name = "verify", requires = ["jobs"]);
+pgrx::extension_sql_file!("../sql/census.sql", name = "census", requires = ["job_plan"]);
+pgrx::extension_sql_file!("../sql/grants.sql", name = "grants", requires = ["verify", "census"], finalize);

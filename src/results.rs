@@ -1,7 +1,7 @@
 //! Results in PostgreSQL's own memory: allocated once, written in place, handed over without a copy.
 
 use pgrx::callconv::{BoxRet, FcInfo};
-use pgrx::{impl_sql_translatable, pg_sys};
+use pgrx::{IntoDatum, impl_sql_translatable, pg_sys};
 use vod_tender_core::Error;
 use vod_tender_core::sink::Sink;
 use vod_tender_core::stored::Kind;
@@ -38,7 +38,8 @@ impl Sink for Varlena {
 }
 
 impl Varlena {
-    fn content(&mut self) -> &mut [u8] {
+    /// What was written.
+    pub fn content(&mut self) -> &mut [u8] {
         match self.start {
             // SAFETY: `buffer` initialised that many bytes behind the header.
             Some(start) => unsafe { std::slice::from_raw_parts_mut(start.as_ptr().add(HEADER), self.length) },
@@ -82,7 +83,14 @@ unsafe impl BoxRet for BytesOut {
 
 // SAFETY: as above.
 unsafe impl BoxRet for TextOut {
-    unsafe fn box_into<'fcx>(mut self, fcinfo: &mut FcInfo<'fcx>) -> pgrx::datum::Datum<'fcx> {
+    unsafe fn box_into<'fcx>(self, fcinfo: &mut FcInfo<'fcx>) -> pgrx::datum::Datum<'fcx> {
+        // SAFETY: as above.
+        unsafe { fcinfo.return_raw_datum(self.into_encoded()) }
+    }
+}
+
+impl TextOut {
+    fn into_encoded(mut self) -> pg_sys::Datum {
         match from_utf8(self.0.content()) {
             InServerEncoding::Same => {}
             InServerEncoding::Converted(bytes) => self.0.replace(&bytes),
@@ -91,7 +99,27 @@ unsafe impl BoxRet for TextOut {
                 raise(&Error::NotText, Kind::Text)
             }
         }
-        // SAFETY: as above.
-        unsafe { fcinfo.return_raw_datum(self.0.into_datum()) }
+        self.0.into_datum()
+    }
+}
+
+// Elements of arrays.
+impl IntoDatum for BytesOut {
+    fn into_datum(self) -> Option<pg_sys::Datum> {
+        Some(self.0.into_datum())
+    }
+
+    fn type_oid() -> pg_sys::Oid {
+        pg_sys::BYTEAOID
+    }
+}
+
+impl IntoDatum for TextOut {
+    fn into_datum(self) -> Option<pg_sys::Datum> {
+        Some(self.into_encoded())
+    }
+
+    fn type_oid() -> pg_sys::Oid {
+        pg_sys::TEXTOID
     }
 }

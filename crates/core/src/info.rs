@@ -56,6 +56,29 @@ pub fn describe(value: Value<'_>, version: i32) -> Result<Info> {
     Ok(Info { version, form, envelope, plaintext_bytes, stored_bytes })
 }
 
+/// What a stored value needs to be opened, in a form to group by.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct StoredUnder {
+    /// 0, 1 or 2; `None` for what begins as version 2 and is malformed.
+    pub version: Option<i32>,
+    /// Key name and KEK id of each wrap; both `None` for the literal form, which names none.
+    pub wraps: Vec<(Option<String>, Option<String>)>,
+}
+
+/// What a stored value needs; `version` tells 0 and 1 apart and is asked only for what is not version 2.
+pub fn stored_under(value: Value<'_>, version: impl FnOnce() -> Result<i32>) -> Result<StoredUnder> {
+    Ok(match Stored::parse(value) {
+        Err(_) => StoredUnder { version: None, wraps: Vec::new() },
+        Ok(Stored::Other(_)) => StoredUnder { version: Some(version()?), wraps: Vec::new() },
+        Ok(Stored::Literal { .. }) => StoredUnder { version: Some(2), wraps: vec![(None, None)] },
+        Ok(Stored::Envelope { header, .. }) => {
+            let header = Header::parse(&header)?;
+            let name = |wrap: &Wrap<'_>| (Some(wrap.key_name.to_owned()), Some(wrap.kek_id.to_owned()));
+            StoredUnder { version: Some(2), wraps: header.wraps.iter().map(name).collect() }
+        }
+    })
+}
+
 fn describe_header(header: &Header<'_>) -> EnvelopeInfo {
     debug_assert_eq!(header.bytes[4], SUITE);
     let wraps: Vec<_> = header.wraps.iter().map(describe_wrap).collect();

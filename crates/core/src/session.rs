@@ -1,5 +1,6 @@
 //! One session's encrypting and decrypting: finds the DEK in the cache or asks the key service, and opens or seals.
 
+mod bulk;
 mod convert;
 mod decrypt;
 mod encrypt;
@@ -7,6 +8,7 @@ mod rewrap;
 #[cfg(test)]
 mod tests;
 
+pub use bulk::{BulkOperation, BulkTask};
 pub use decrypt::{ReadAs, Reading};
 pub use encrypt::Sealing;
 
@@ -18,6 +20,7 @@ use crate::provider::{ProviderFuture, Wait};
 use crate::random::SessionRandom;
 use crate::stats::SessionStats;
 
+use bulk::Assured;
 use rewrap::RewrapMemo;
 use vod_tender_secret_memory::burn_stack;
 
@@ -30,6 +33,7 @@ pub struct Session {
     opened: OpenedCache,
     sealing: SealingCache,
     rewraps: RewrapMemo,
+    assured: Assured,
     stats: SessionStats,
     /// Associated data of the value at hand: header prefix and aad, one behind the other.
     associated: Vec<u8>,
@@ -83,6 +87,7 @@ impl Session {
             opened: OpenedCache::new(),
             sealing: SealingCache::new(),
             rewraps: RewrapMemo::default(),
+            assured: Assured::default(),
             stats: SessionStats::default(),
             associated: Vec::new(),
             sealed: Vec::new(),
@@ -104,6 +109,7 @@ impl Session {
         self.opened.clear();
         self.sealing.clear();
         self.rewraps.clear();
+        self.assured = Assured::default();
         self.sealed = Vec::new();
         self.associated = Vec::new();
         // Opening and sealing spill round keys onto the stack; doing this for each value would cost more than the value.
@@ -132,6 +138,7 @@ impl Session {
         self.opened.retain(keyring);
         self.sealing.retain(keyring);
         self.rewraps.clear();
+        self.assured = Assured::default();
         burn_stack();
     }
 }

@@ -94,6 +94,18 @@ impl<'a> Stored<'a> {
     }
 }
 
+/// What comes before the payload of an envelope, as it is stored: the same for all values under one wrapped DEK and
+/// context. In text it is not decoded. `None` for what is no envelope, if that can be told without decoding.
+pub fn head(value: Value<'_>) -> Option<&[u8]> {
+    match value {
+        Value::Text(text) => text.rfind(':').map(|end| &text.as_bytes()[..end]),
+        Value::Bytes(bytes) if bytes.starts_with(&MAGIC) => {
+            Envelope::parse(bytes).ok().map(|envelope| &bytes[..envelope.header.bytes.len()])
+        }
+        Value::Bytes(_) => None,
+    }
+}
+
 /// The sealed bytes of a value that has the shape of version 1: 28 bytes or more, base64 in text.
 pub fn direct_shape(value: Value<'_>) -> Result<Cow<'_, [u8]>> {
     let sealed = match value {

@@ -219,7 +219,7 @@ pub(super) enum Plain {
 }
 
 /// Unwraps a DEK through one KEK and checks it against the header's commitment.
-fn unwrap_one<W: Wait>(
+pub(super) fn unwrap_one<W: Wait>(
     run: &mut Run<'_, W>,
     key_name: &str,
     wrapped: WrappedRef<'_>,

@@ -1,0 +1,229 @@
+//! What the bulk jobs do with each stored value, and what may be said of it without a key service.
+
+use std::num::NonZeroUsize;
+
+use lru::LruCache;
+use zeroize::Zeroizing;
+
+use crate::context::Context;
+use crate::envelope::Header;
+use crate::error::{Error, Mismatch, Result};
+use crate::policy::PlaintextReads;
+use crate::provider::{Fault, Wait, WrappedRef};
+use crate::session::decrypt::unwrap_one;
+use crate::session::{Reading, Run, Sealing, Session};
+use crate::sink::Sink;
+use crate::stored::{Stored, Value, direct_shape, head};
+
+/// What a job does with the values of a column.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BulkOperation {
+    /// Versions 0 and 1 become version 2.
+    Migrate,
+    /// Version 2 goes under another KEK, or the newest id of its own.
+    Rewrap,
+    /// Version 2 becomes version 1.
+    Downgrade,
+    /// Every version is opened and nothing is made of it.
+    Verify,
+}
+
+impl BulkOperation {
+    /// The operation of this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "migrate" => BulkOperation::Migrate,
+            "rewrap_table" => BulkOperation::Rewrap,
+            "downgrade" => BulkOperation::Downgrade,
+            "verify" => BulkOperation::Verify,
+            _ => return None,
+        })
+    }
+}
+
+/// What is the same for every value of a job.
+#[derive(Clone, Copy)]
+pub struct BulkTask<'a> {
+    /// What is done.
+    pub operation: BulkOperation,
+    /// Name of the KEK; the default one when there is none.
+    pub key: Option<&'a str>,
+    /// Pairs beside the KEK's own, for what is encrypted.
+    pub context: Option<&'a Context>,
+    /// Whether each new wrapped DEK is opened once by its key service before anything that needs it is handed out.
+    pub check_wraps: bool,
+}
+
+/// What is known of the headers of new values. Holds no secret.
+pub(super) struct Assured(LruCache<Box<[u8]>, Under>);
+
+struct Under {
+    kek_id: String,
+    /// Whether the key service opened the wrapped DEK.
+    checked: bool,
+}
+
+impl Default for Assured {
+    fn default() -> Self {
+        Assured(LruCache::unbounded())
+    }
+}
+
+impl Session {
+    /// Does the job's work on one value. Gives whether `sink` holds a new value; what needs none is not copied.
+    pub fn convert<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        task: BulkTask<'_>,
+        value: Value<'_>,
+        aad: Option<&str>,
+        version: Option<i32>,
+        sink: &mut dyn Sink,
+    ) -> Result<bool> {
+        match task.operation {
+            BulkOperation::Migrate => {
+                if value.bytes().is_empty() || !matches!(Stored::parse(value)?, Stored::Other(_)) {
+                    return Ok(false);
+                }
+                let sealing = Sealing { key: task.key, context: task.context, aad };
+                // What looks like ciphertext is never taken for plaintext by a guess: its legacy key may be missing.
+                let allowed = run.policy.plaintext_reads;
+                if version.is_none() && direct_shape(value).is_ok() {
+                    run.policy.plaintext_reads = PlaintextReads::Refuse;
+                }
+                let upgraded = self.upgrade(run, value, sealing, version, sink);
+                run.policy.plaintext_reads = allowed;
+                upgraded.map(|_| true)
+            }
+            BulkOperation::Rewrap => match Stored::parse(value)? {
+                Stored::Other(_) => Ok(false),
+                _ => self.rewrap(run, value, task.key, sink),
+            },
+            BulkOperation::Downgrade => match Stored::parse(value)? {
+                Stored::Other(_) => Ok(false),
+                _ => self.downgrade(run, value, aad, None, sink).map(|_| true),
+            },
+            BulkOperation::Verify => {
+                let mut plaintext = Zeroizing::new(Vec::new());
+                let reading = Reading { aad, context: None, version };
+                self.decrypt(run, value, reading, &mut plaintext).map(|_| false)
+            }
+        }
+    }
+
+    /// Whether the operation has something to do with a value. `newest` is what [`Session::newest_kek_id`] found.
+    /// What claims to be an envelope and is malformed is due: it will be reported.
+    pub fn is_due<W>(
+        &self,
+        run: &Run<'_, W>,
+        operation: BulkOperation,
+        value: Value<'_>,
+        key: Option<&str>,
+        newest: Option<&str>,
+    ) -> Result<bool> {
+        let stored = Stored::parse(value);
+        Ok(match (operation, stored) {
+            (_, Err(_)) | (BulkOperation::Verify, _) => true,
+            (BulkOperation::Migrate, Ok(stored)) => matches!(stored, Stored::Other(_)) && !value.bytes().is_empty(),
+            (BulkOperation::Downgrade, Ok(stored)) => !matches!(stored, Stored::Other(_)),
+            (BulkOperation::Rewrap, Ok(Stored::Other(_))) => false,
+            (BulkOperation::Rewrap, Ok(Stored::Literal { .. })) => true,
+            (BulkOperation::Rewrap, Ok(Stored::Envelope { header, .. })) => {
+                let target = run.keyring.for_encrypting(key)?;
+                let header = Header::parse(&header)?;
+                let own = header.wraps.iter().find(|wrap| wrap.key_name == target.name);
+                let is_current = |kek_id| target.provider.is_current(kek_id).unwrap_or(newest == Some(kek_id));
+                !own.is_some_and(|own| is_current(own.kek_id))
+            }
+        })
+    }
+
+    /// Name of the KEK that encrypts, if it can be used with this context.
+    pub fn target<W>(&self, run: &Run<'_, W>, key: Option<&str>, context: Option<&Context>) -> Result<String> {
+        let kek = run.keyring.for_encrypting(key)?;
+        kek.context.with(context.unwrap_or(&Context::empty()))?;
+        Ok(kek.name.clone())
+    }
+
+    /// Name of the KEK that a rewrap is for; and where its configuration does not say which key it is (an alias), the
+    /// key's id as the service gives it now.
+    pub fn newest_kek_id<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        key: Option<&str>,
+    ) -> Result<(String, Option<String>)> {
+        let kek = run.keyring.for_encrypting(key)?;
+        if kek.provider.is_current("").is_some() {
+            return Ok((kek.name.clone(), None));
+        }
+        let (_, wrapped) = run.call(kek, kek.provider.generate(&kek.context))?;
+        Ok((kek.name.clone(), Some(wrapped.kek_id)))
+    }
+
+    /// The KEK id that a new value is under; `None` for what is no envelope.
+    ///
+    /// With `check_wraps` the key service opens the value's wrapped DEK before that, past every cache, to what the
+    /// header commits to: a value that only this session's memory could open must not be stored. Once for each header.
+    pub fn assure<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        task: BulkTask<'_>,
+        value: Value<'_>,
+    ) -> Result<Option<String>> {
+        let Some(head) = head(value) else { return Ok(None) };
+        if let Some(known) = self.assured.0.get(head).filter(|known| known.checked || !task.check_wraps) {
+            return Ok(Some(known.kek_id.clone()));
+        }
+        let Stored::Envelope { header, .. } = Stored::parse(value)? else { return Ok(None) };
+        let target = run.keyring.for_encrypting(task.key)?;
+        let parsed = Header::parse(&header)?;
+        let wrap = parsed.wraps.iter().find(|wrap| wrap.key_name == target.name);
+        let wrap = wrap.ok_or(Error::Unverified(Mismatch::RoundTrip))?;
+        if task.check_wraps {
+            let wrapped = WrappedRef { kek_id: Some(wrap.kek_id), bytes: wrap.wrapped_dek };
+            unwrap_one(run, wrap.key_name, wrapped, &parsed)?;
+        }
+        let capacity = NonZeroUsize::new(run.policy.limits.cache_entries).unwrap_or(NonZeroUsize::MIN);
+        while self.assured.0.len() >= capacity.get() {
+            self.assured.0.pop_lru();
+        }
+        let under = Under { kek_id: wrap.kek_id.to_owned(), checked: task.check_wraps };
+        self.assured.0.put(head.into(), under);
+        Ok(Some(wrap.kek_id.to_owned()))
+    }
+}
+
+impl Error {
+    /// Whether this says something about the value at hand, and the next value may fare better. `target` is the KEK
+    /// that the job encrypts or wraps with: what is wrong with that one concerns every value.
+    pub fn concerns_one_value(&self, target: Option<&str>) -> bool {
+        match self {
+            Error::Malformed(_)
+            | Error::PlaintextRefused
+            | Error::DirectOrPlaintextRefused
+            | Error::UnknownVersion
+            | Error::VersionMismatch(_)
+            | Error::ArgumentNotText
+            | Error::NotText
+            | Error::UnknownKey(_)
+            | Error::KeyContext(_)
+            | Error::NotRewrappable
+            | Error::TooLarge => true,
+            Error::Unverified(mismatch) => *mismatch != Mismatch::RoundTrip,
+            Error::KeyState { name, .. } => Some(name.as_str()) != target,
+            Error::Service { key, source } => match source.fault {
+                Fault::Unverified => true,
+                Fault::Throttled | Fault::Unreachable | Fault::BadAnswer => false,
+                Fault::Denied | Fault::Disabled | Fault::InvalidState | Fault::NotFound | Fault::Misconfigured => {
+                    Some(key.as_str()) != target
+                }
+            },
+            Error::AlreadyEnvelope
+            | Error::BadContext(_)
+            | Error::UnknownGivenKey
+            | Error::NothingConfigured
+            | Error::LegacyKey(_)
+            | Error::Random => false,
+        }
+    }
+}

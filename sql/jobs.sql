@@ -1,0 +1,243 @@
+-- The bulk jobs as people call them. CALL them by themselves, with autocommit on: they commit as they go.
+SET LOCAL search_path = pg_catalog, pg_temp;
+
+-- How the columns of a table are registered; one row for each of `columns`, or for all that are registered.
+CREATE FUNCTION vod_tender_crypto.registered(target regclass, columns name[]) RETURNS TABLE (
+    column_name name, is_registered boolean, key text, context jsonb, aad text, version text
+)
+    LANGUAGE sql STABLE
+    SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT w.column_name, p.column_name IS NOT NULL, p.key, p.context, p.aad, p.version
+    FROM pg_class c
+    JOIN pg_namespace s ON s.oid = c.relnamespace
+    CROSS JOIN LATERAL unnest(coalesce(registered.columns, ARRAY(
+        SELECT o.column_name FROM vod_tender_crypto.protected_column o
+        WHERE o.schema_name = s.nspname AND o.table_name = c.relname ORDER BY o.column_name
+    ))) WITH ORDINALITY w(column_name, place)
+    LEFT JOIN vod_tender_crypto.protected_column p
+        ON p.schema_name = s.nspname AND p.table_name = c.relname AND p.column_name = w.column_name
+    WHERE c.oid = registered.target
+    ORDER BY w.place;
+END;
+
+-- Checks everything that can be checked and notes the job. Nothing of the table is touched.
+CREATE FUNCTION vod_tender_crypto.create_job(
+    operation text, target regclass, columns name[], key text, context jsonb, aad text, version text, set_columns jsonb,
+    where_clause text, batch_size integer, max_rows_per_second integer, percent numeric, max_errors integer,
+    triggers text, check_wraps boolean, dry_run boolean
+) RETURNS bigint
+    LANGUAGE plpgsql VOLATILE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    j vod_tender_crypto.job;
+    part regclass;
+    plan vod_tender_crypto.job_plan;
+    column_at record;
+BEGIN
+    IF now() < statement_timestamp() THEN
+        RAISE EXCEPTION USING ERRCODE = 'active_sql_transaction',
+            MESSAGE = 'a job commits as it goes and cannot run inside a transaction block',
+            HINT = 'CALL it by itself, with autocommit on.';
+    END IF;
+    IF create_job.target IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'null_value_not_allowed', MESSAGE = 'no table is given';
+    END IF;
+    IF jsonb_typeof(create_job.set_columns) <> 'object' THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'set_columns is not a JSON object',
+            HINT = 'For example: {"encryption_version": 2, "encryption_key_id": "{kek_id}"}.';
+    END IF;
+    IF create_job.batch_size NOT BETWEEN 1 AND 1000000 OR create_job.max_rows_per_second <= 0 OR create_job.percent <= 0
+       OR create_job.percent > 100 OR create_job.max_errors < 0 OR create_job.triggers NOT IN ('fire', 'skip') THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'unusable arguments for a job',
+            HINT = 'batch_size is 1 to 1000000, max_rows_per_second more than 0, percent more than 0 and at most 100, max_errors 0 or more, triggers fire or skip.';
+    END IF;
+    j.job := 0;
+    j.operation := create_job.operation;
+    j.target := create_job.target;
+    SELECT array_agg(r.column_name), array_agg(coalesce(create_job.aad, r.aad)),
+           CASE create_job.operation WHEN 'migrate' THEN coalesce(create_job.version, min(r.version)) END
+    INTO j.columns, j.aads, j.version
+    FROM vod_tender_crypto.registered(create_job.target, create_job.columns) r;
+    PERFORM vod_tender_crypto.check_target(j.target, j.columns, true);
+    IF cardinality(j.columns) <> (SELECT count(DISTINCT c) FROM unnest(j.columns) c) THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = 'a column is given twice';
+    END IF;
+    SELECT k.key_name, k.newest_kek_id INTO j.key, j.newest_kek_id
+    FROM vod_tender_crypto.job_key(create_job.operation, create_job.key, create_job.context) k;
+    j.context := create_job.context;
+    j.set_columns := coalesce(create_job.set_columns, '{}');
+    j.where_clause := create_job.where_clause;
+    j.batch_size := create_job.batch_size;
+    j.max_rows_per_second := create_job.max_rows_per_second;
+    j.percent := create_job.percent;
+    j.max_errors := create_job.max_errors;
+    j.triggers := create_job.triggers;
+    j.check_wraps := create_job.check_wraps;
+    j.dry_run := create_job.dry_run;
+
+    FOR part IN SELECT vod_tender_crypto.storing_relations(j.target) LOOP
+        plan := vod_tender_crypto.plan_job(j, part);
+        -- Planned with nothing to do: what PostgreSQL does not accept, it says before anything runs.
+        EXECUTE 'EXPLAIN ' || plan.write_sql USING
+            '{}'::tid[], '{}'::xid[], '{}'::text[], '{}'::bytea[], '{}'::text[], '{}'::text[], '{}'::text[],
+            '(0,0)'::tid, '(0,0)'::tid;
+        IF j.triggers = 'skip' THEN
+            PERFORM set_config('session_replication_role', current_setting('session_replication_role'), true);
+        END IF;
+    END LOOP;
+    IF j.operation = 'migrate' THEN
+        FOR column_at IN
+            SELECT r.column_name FROM vod_tender_crypto.registered(j.target, j.columns) r
+            WHERE r.is_registered AND r.aad IS DISTINCT FROM create_job.aad AND create_job.aad IS NOT NULL
+        LOOP
+            RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+                MESSAGE = format('column %I of %s is registered with another aad', column_at.column_name, j.target),
+                DETAIL = 'Values that were written with the registered one would not open with the new one.',
+                HINT = 'Omit aad to use the registered one. To change it, downgrade the column first and delete its row in vod_tender_crypto.protected_column.';
+        END LOOP;
+        IF NOT j.dry_run THEN
+            INSERT INTO vod_tender_crypto.protected_column AS p (schema_name, table_name, column_name, key, context, aad, version)
+            SELECT s.nspname, c.relname, w.column_name, j.key, j.context, w.aad, j.version
+            FROM pg_class c, pg_namespace s, unnest(j.columns, j.aads) w(column_name, aad)
+            WHERE c.oid = j.target AND s.oid = c.relnamespace
+            ON CONFLICT (schema_name, table_name, column_name) DO UPDATE SET
+                key = excluded.key, context = excluded.context, version = excluded.version;
+        END IF;
+    END IF;
+    INSERT INTO vod_tender_crypto.job (operation, target, columns, key, newest_kek_id, context, aads, version, set_columns,
+        where_clause, batch_size, max_rows_per_second, percent, max_errors, triggers, check_wraps, dry_run)
+    VALUES (j.operation, j.target, j.columns, j.key, j.newest_kek_id, j.context, j.aads, j.version, j.set_columns,
+        j.where_clause, j.batch_size, j.max_rows_per_second, j.percent, j.max_errors, j.triggers, j.check_wraps, j.dry_run)
+    RETURNING job.job INTO j.job;
+    RETURN j.job;
+END
+$$;
+
+CREATE PROCEDURE vod_tender_crypto.migrate(
+    target regclass, columns name[] DEFAULT NULL, key text DEFAULT NULL, context jsonb DEFAULT NULL,
+    aad text DEFAULT NULL, set_columns jsonb DEFAULT NULL, where_clause text DEFAULT NULL,
+    batch_size integer DEFAULT 1000, max_rows_per_second integer DEFAULT NULL, percent numeric DEFAULT 100,
+    dry_run boolean DEFAULT false, version text DEFAULT NULL, max_errors integer DEFAULT 100,
+    triggers text DEFAULT 'fire', check_wraps boolean DEFAULT true, INOUT job bigint DEFAULT NULL
+)
+    LANGUAGE plpgsql
+AS $$
+BEGIN
+    job := vod_tender_crypto.create_job('migrate', migrate.target, migrate.columns, migrate.key, migrate.context,
+        migrate.aad, migrate.version, migrate.set_columns, migrate.where_clause, migrate.batch_size,
+        migrate.max_rows_per_second, migrate.percent, migrate.max_errors, migrate.triggers, migrate.check_wraps,
+        migrate.dry_run);
+    COMMIT;
+    CALL vod_tender_crypto.run_job(job);
+END
+$$;
+COMMENT ON PROCEDURE vod_tender_crypto.migrate(regclass, name[], text, jsonb, text, jsonb, text, integer, integer, numeric, boolean, text, integer, text, boolean, bigint) IS
+    'Turns the values of columns into envelopes: versions 0 and 1 become version 2.';
+
+CREATE PROCEDURE vod_tender_crypto.rewrap_table(
+    target regclass, columns name[] DEFAULT NULL, key text DEFAULT NULL, set_columns jsonb DEFAULT NULL,
+    where_clause text DEFAULT NULL, batch_size integer DEFAULT 1000, max_rows_per_second integer DEFAULT NULL,
+    percent numeric DEFAULT 100, dry_run boolean DEFAULT false, max_errors integer DEFAULT 100,
+    triggers text DEFAULT 'fire', check_wraps boolean DEFAULT true, INOUT job bigint DEFAULT NULL
+)
+    LANGUAGE plpgsql
+AS $$
+BEGIN
+    job := vod_tender_crypto.create_job('rewrap_table', rewrap_table.target, rewrap_table.columns, rewrap_table.key, NULL,
+        NULL, NULL, rewrap_table.set_columns, rewrap_table.where_clause, rewrap_table.batch_size,
+        rewrap_table.max_rows_per_second, rewrap_table.percent, rewrap_table.max_errors, rewrap_table.triggers,
+        rewrap_table.check_wraps, rewrap_table.dry_run);
+    COMMIT;
+    CALL vod_tender_crypto.run_job(job);
+END
+$$;
+COMMENT ON PROCEDURE vod_tender_crypto.rewrap_table(regclass, name[], text, jsonb, text, integer, integer, numeric, boolean, integer, text, boolean, bigint) IS
+    'Puts every envelope of the columns that is not under the newest key there. Payloads stay as they are.';
+
+CREATE PROCEDURE vod_tender_crypto.downgrade(
+    target regclass, columns name[] DEFAULT NULL, aad text DEFAULT NULL, set_columns jsonb DEFAULT NULL,
+    where_clause text DEFAULT NULL, batch_size integer DEFAULT 1000, max_rows_per_second integer DEFAULT NULL,
+    percent numeric DEFAULT 100, dry_run boolean DEFAULT false, max_errors integer DEFAULT 100,
+    triggers text DEFAULT 'fire', INOUT job bigint DEFAULT NULL
+)
+    LANGUAGE plpgsql
+AS $$
+BEGIN
+    job := vod_tender_crypto.create_job('downgrade', downgrade.target, downgrade.columns, NULL, NULL, downgrade.aad, NULL,
+        downgrade.set_columns, downgrade.where_clause, downgrade.batch_size, downgrade.max_rows_per_second,
+        downgrade.percent, downgrade.max_errors, downgrade.triggers, false, downgrade.dry_run);
+    COMMIT;
+    CALL vod_tender_crypto.run_job(job);
+END
+$$;
+COMMENT ON PROCEDURE vod_tender_crypto.downgrade(regclass, name[], text, jsonb, text, integer, integer, numeric, boolean, integer, text, bigint) IS
+    'The way back: envelopes of the columns become direct ciphertext under the legacy key.';
+
+CREATE PROCEDURE vod_tender_crypto.resume(job bigint)
+    LANGUAGE plpgsql
+AS $$
+BEGIN
+    IF pg_catalog.now() OPERATOR(pg_catalog.<) pg_catalog.statement_timestamp() THEN
+        RAISE EXCEPTION USING ERRCODE = 'active_sql_transaction',
+            MESSAGE = 'a job commits as it goes and cannot run inside a transaction block',
+            HINT = 'CALL it by itself, with autocommit on.';
+    END IF;
+    CALL vod_tender_crypto.run_job(resume.job);
+END
+$$;
+COMMENT ON PROCEDURE vod_tender_crypto.resume(bigint) IS
+    'Continues a job that stopped, failed, was interrupted or is incomplete, from its checkpoint; goes over one that is done again.';
+
+CREATE PROCEDURE vod_tender_crypto.stop(job bigint)
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    UPDATE vod_tender_crypto.job o SET stop_requested = true WHERE o.job = stop.job AND o.state = 'running';
+    IF NOT FOUND THEN
+        RAISE EXCEPTION USING ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('job %s is not running', stop.job),
+            HINT = 'Jobs are in vod_tender_crypto.job_progress: those on tables that you own.';
+    END IF;
+    -- Nobody runs it: its session is gone.
+    IF pg_try_advisory_xact_lock(vod_tender_crypto.job_lock_class(), stop.job::integer) THEN
+        UPDATE vod_tender_crypto.job o SET state = 'stopped' WHERE o.job = stop.job;
+    END IF;
+END
+$$;
+COMMENT ON PROCEDURE vod_tender_crypto.stop(bigint) IS 'Ends a job after the batch at hand. resume() continues it.';
+
+-- What running jobs takes.
+CREATE FUNCTION vod_tender_crypto.job_routine() RETURNS SETOF regprocedure
+    LANGUAGE sql STABLE
+    SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT p.oid::regprocedure FROM pg_proc p
+    WHERE p.pronamespace = 'vod_tender_crypto'::regnamespace AND p.proname NOT IN (
+        'add_key', 'set_key_state', 'drop_key', 'retire_key', 'check_key', 'kek_changed', 'grant_jobs', 'job_routine',
+        'session_stats');
+END;
+
+-- Lets a role run jobs on the tables that it owns. It configures no keys and decrypts nothing by this.
+CREATE FUNCTION vod_tender_crypto.grant_jobs(grantee regrole) RETURNS void
+    LANGUAGE plpgsql VOLATILE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    routine regprocedure;
+BEGIN
+    FOR routine IN SELECT vod_tender_crypto.job_routine() LOOP
+        EXECUTE format('GRANT EXECUTE ON ROUTINE %s TO %s', routine, grant_jobs.grantee);
+    END LOOP;
+    EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON vod_tender_crypto.protected_column, vod_tender_crypto.job,
+                    vod_tender_crypto.job_error TO %s', grant_jobs.grantee);
+    EXECUTE format('GRANT SELECT ON vod_tender_crypto.job_progress TO %s', grant_jobs.grantee);
+END
+$$;
+COMMENT ON FUNCTION vod_tender_crypto.grant_jobs(regrole) IS 'Lets a role run bulk jobs, census and verify on the tables that it owns.';
+
+SET LOCAL search_path = @extschema@, pg_temp;

@@ -1,0 +1,220 @@
+//! SQL expressions over a row, as a caller gives them to a job: parsed by PostgreSQL, checked, and written out again, so
+//! that what runs is what was checked and nothing can be smuggled in beside it.
+//!
+//! They are stored and may be run later by somebody with more rights: so they call PostgreSQL's own functions only,
+//! which cannot be a trap.
+
+use std::ffi::{CStr, CString, c_void};
+
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::pg_sys::{self, NodeTag, Oid, ParseExprKind};
+use pgrx::prelude::PgSqlErrorCode as Code;
+use pgrx::{PgList, PgRelation};
+
+use crate::errors::throw;
+
+/// What an expression is for, which decides its type and what it may depend on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// The row's identity: text, and always the same for the same row, or values could not be opened again.
+    Aad,
+    /// The version of what is stored, as the application notes it.
+    Version,
+    /// Which rows.
+    Filter,
+}
+
+impl Purpose {
+    /// The purpose of this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "aad" => Purpose::Aad,
+            "version" => Purpose::Version,
+            "where_clause" => Purpose::Filter,
+            _ => return None,
+        })
+    }
+
+    fn result(self) -> (Oid, &'static str) {
+        match self {
+            Purpose::Aad => (pg_sys::TEXTOID, "text"),
+            Purpose::Version => (pg_sys::INT4OID, "integer"),
+            Purpose::Filter => (pg_sys::BOOLOID, "boolean"),
+        }
+    }
+}
+
+/// Writes `expression` over a row of `table`, which is called `t` in the result.
+///
+/// Raises for everything that is not one expression of the purpose's type over the row's own columns. `changed` are
+/// columns that the caller is about to change.
+pub fn checked(table: Oid, expression: &str, purpose: Purpose, changed: &[String]) -> String {
+    // SAFETY: raises where there is no such table.
+    let relation = unsafe { PgRelation::with_lock(table, pg_sys::AccessShareLock as pg_sys::LOCKMODE) };
+    let raw = parse(expression);
+    // SAFETY: `raw` is an expression of the raw parser; the parse state and everything made with it live in the current
+    // memory context, and the relation is open until the end.
+    unsafe {
+        let state = pg_sys::make_parsestate(std::ptr::null_mut());
+        let item = pg_sys::addRangeTableEntryForRelation(
+            state,
+            relation.as_ptr(),
+            pg_sys::AccessShareLock as i32,
+            std::ptr::null_mut(),
+            false,
+            true,
+        );
+        pg_sys::addNSItemToQuery(state, item, false, true, true);
+        let node = pg_sys::transformExpr(state, raw, ParseExprKind::EXPR_KIND_CHECK_CONSTRAINT);
+        let node = coerced(state, node, purpose);
+        pg_sys::assign_expr_collations(state, node);
+        let mut check = Check { table, purpose, changed };
+        check_node(node, (&raw mut check).cast());
+        if purpose == Purpose::Aad && pg_sys::contain_mutable_functions(node) {
+            refuse(
+                Code::ERRCODE_INVALID_OBJECT_DEFINITION,
+                "it does not give the same for the same row under every setting",
+                "Use || on text; cast what is not text with ::text, and dates and times with extract() or to a number.",
+            );
+        }
+        let context = pg_sys::deparse_context_for(c"t".as_ptr(), table);
+        let text = pg_sys::deparse_expression(node, context, true, false);
+        let text = CStr::from_ptr(text).to_str().map(str::to_owned);
+        text.unwrap_or_else(|_| refuse(Code::ERRCODE_CHARACTER_NOT_IN_REPERTOIRE, "it is not valid UTF-8", ""))
+    }
+}
+
+/// One expression, as the raw parser gives it.
+fn parse(expression: &str) -> *mut pg_sys::Node {
+    let only_one = || -> ! {
+        refuse(Code::ERRCODE_SYNTAX_ERROR, "it is not a single expression", "For example: provider || '/' || channel")
+    };
+    // The line break ends a comment that the expression may end with.
+    let Ok(statement) = CString::new(format!("SELECT ({expression}\n)")) else { only_one() };
+    // SAFETY: the parser gives a list of RawStmt nodes, each with a statement; nodes are read after their tag was.
+    unsafe {
+        let list = pg_sys::raw_parser(statement.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT);
+        let statements = PgList::<pg_sys::RawStmt>::from_pg(list);
+        let (1, Some(first)) = (statements.len(), statements.get_ptr(0)) else { only_one() };
+        if (*(*first).stmt).type_ != NodeTag::T_SelectStmt {
+            only_one()
+        }
+        let select = &*(*first).stmt.cast::<pg_sys::SelectStmt>();
+        let is_bare = select.op == pg_sys::SetOperation::SETOP_NONE
+            && [
+                select.distinctClause,
+                select.fromClause,
+                select.groupClause,
+                select.windowClause,
+                select.valuesLists,
+                select.sortClause,
+                select.lockingClause,
+            ]
+            .iter()
+            .all(|clause| clause.is_null())
+            && [select.whereClause, select.havingClause, select.limitOffset, select.limitCount]
+                .iter()
+                .all(|clause| clause.is_null())
+            && select.intoClause.is_null()
+            && select.withClause.is_null();
+        let targets = PgList::<pg_sys::ResTarget>::from_pg(select.targetList);
+        let (true, 1, Some(target)) = (is_bare, targets.len(), targets.get_ptr(0)) else { only_one() };
+        if !(*target).name.is_null() || !(*target).indirection.is_null() {
+            only_one()
+        }
+        (*target).val
+    }
+}
+
+/// # Safety
+/// `node` is a transformed expression of `state`.
+unsafe fn coerced(state: *mut pg_sys::ParseState, node: *mut pg_sys::Node, purpose: Purpose) -> *mut pg_sys::Node {
+    let (wanted, name) = purpose.result();
+    // SAFETY: as promised by the caller.
+    let coerced = unsafe {
+        let coercion = match purpose {
+            Purpose::Aad => pg_sys::CoercionContext::COERCION_IMPLICIT,
+            _ => pg_sys::CoercionContext::COERCION_ASSIGNMENT,
+        };
+        let form = pg_sys::CoercionForm::COERCE_IMPLICIT_CAST;
+        pg_sys::coerce_to_target_type(state, node, pg_sys::exprType(node), wanted, -1, coercion, form, -1)
+    };
+    if coerced.is_null() {
+        refuse(Code::ERRCODE_DATATYPE_MISMATCH, &format!("it is not of type {name}"), "")
+    }
+    coerced
+}
+
+struct Check<'a> {
+    table: Oid,
+    purpose: Purpose,
+    changed: &'a [String],
+}
+
+/// Looks at a node and all below it; raises for what is not allowed, else gives `false`.
+#[pgrx::pg_guard]
+unsafe extern "C-unwind" fn check_node(node: *mut pg_sys::Node, context: *mut c_void) -> bool {
+    if node.is_null() {
+        return false;
+    }
+    // SAFETY: the context is the `Check` that the walk was begun with; a node is read as what its tag says.
+    unsafe {
+        let check = &*context.cast::<Check<'_>>();
+        match (*node).type_ {
+            NodeTag::T_Var => check.column(&*node.cast::<pg_sys::Var>()),
+            NodeTag::T_CoerceToDomain => refuse(Code::ERRCODE_FEATURE_NOT_SUPPORTED, "it casts to a domain", ""),
+            NodeTag::T_SubLink | NodeTag::T_Query | NodeTag::T_Param => {
+                refuse(Code::ERRCODE_FEATURE_NOT_SUPPORTED, "it refers to more than the row", "")
+            }
+            _ => {}
+        }
+        pg_sys::check_functions_in_node(node, Some(check_function), context);
+        pg_sys::expression_tree_walker(node, Some(check_node), context)
+    }
+}
+
+#[pgrx::pg_guard]
+unsafe extern "C-unwind" fn check_function(function: Oid, _context: *mut c_void) -> bool {
+    if function.to_u32() >= pg_sys::FirstNormalObjectId {
+        refuse(
+            Code::ERRCODE_INSUFFICIENT_PRIVILEGE,
+            "it calls a function that is not PostgreSQL's own",
+            "The expression may be run by others later: only built-in functions and operators are allowed.",
+        )
+    }
+    // SAFETY: these look the function up in the catalog cache. Those that may run other SQL are volatile or not safe
+    // in parallel workers.
+    let (volatility, parallel) = unsafe { (pg_sys::func_volatile(function), pg_sys::func_parallel(function)) };
+    if volatility as u8 == pg_sys::PROVOLATILE_VOLATILE || parallel as u8 != pg_sys::PROPARALLEL_SAFE {
+        refuse(Code::ERRCODE_INVALID_OBJECT_DEFINITION, "it calls a volatile function", "")
+    }
+    false
+}
+
+impl Check<'_> {
+    fn column(&self, var: &pg_sys::Var) {
+        if var.varattno <= 0 {
+            refuse(Code::ERRCODE_FEATURE_NOT_SUPPORTED, "it refers to a system column or to the whole row", "")
+        }
+        if self.purpose != Purpose::Aad {
+            return;
+        }
+        // SAFETY: looks the column up in the catalog cache; the table is open.
+        let (name, generated) = unsafe {
+            let name = CStr::from_ptr(pg_sys::get_attname(self.table, var.varattno, false)).to_string_lossy();
+            (name, pg_sys::get_attgenerated(self.table, var.varattno) != 0)
+        };
+        if generated || self.changed.iter().any(|changed| *changed == name) {
+            refuse(
+                Code::ERRCODE_INVALID_OBJECT_DEFINITION,
+                &format!("column \"{name}\" may change when the value is rewritten"),
+                "An aad is made of columns that identify the row and stay as they are.",
+            )
+        }
+    }
+}
+
+fn refuse(code: Code, why: &str, hint: &str) -> ! {
+    let report = ErrorReport::new(code, format!("unusable expression: {why}"), "vod_tender_crypto");
+    throw(if hint.is_empty() { report } else { report.set_hint(hint) })
+}

@@ -6,7 +6,6 @@ CREATE FUNCTION vod_tender_crypto.census_column() RETURNS TABLE (
     relation regclass, column_name name, base_type regtype, registered boolean, readable boolean
 )
     LANGUAGE sql STABLE
-    SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     WITH RECURSIVE base(type, ground) AS (
         SELECT t.oid, t.oid FROM pg_type t WHERE t.oid IN ('text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'bytea'::regtype)
@@ -96,7 +95,6 @@ CREATE FUNCTION vod_tender_crypto.census() RETURNS TABLE (
     relation regclass, column_name name, registered boolean, version integer, key text, kek_id text, value_count bigint
 )
     LANGUAGE sql STABLE
-    SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     SELECT c.* FROM vod_tender_crypto.census(NULL::regclass) c;
 END;

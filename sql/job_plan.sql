@@ -6,7 +6,8 @@ CREATE TYPE vod_tender_crypto.job_plan AS (
     text_columns integer,    -- how many of them are text
     aad_given    boolean[],  -- which of them have an aad
     read_sql     text,       -- $1, $2 first place and the one behind the last, $3 most rows -> job_batch
-    write_sql    text,       -- $1 to $9 as job_write passes them -> rows meant, rows written, whether they are as meant
+    lock_sql     text,       -- $1 ctids, $2 xmins -> places in the arrays of the rows that are locked now
+    write_sql    text,       -- $1 to $7 as job_update passes them -> rows written, whether they are as meant
     count_sql    text,       -- -> rows that are due
     key_sql      text        -- $1 ctid, $2 xmin -> the row's key as jsonb
 );
@@ -21,13 +22,12 @@ CREATE TYPE vod_tender_crypto.job_batch AS (
 CREATE TYPE vod_tender_crypto.job_converted AS (
     texts    text[],
     bytes    bytea[],
-    failed   text[],         -- SQLSTATE; in the order of job_batch.aads
-    kek_ids  text[]
+    failed   text[],         -- SQLSTATE, in the order of job_batch.aads; NULL when nothing failed
+    kek_ids  text[]          -- in the order of job_batch.aads
 );
 
 CREATE FUNCTION vod_tender_crypto.primary_key(relation regclass) RETURNS name[]
     LANGUAGE sql STABLE
-    SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     SELECT array_agg(a.attname ORDER BY k.place)
     FROM pg_index i, unnest(i.indkey) WITH ORDINALITY k(attnum, place), pg_attribute a
@@ -37,7 +37,6 @@ END;
 
 CREATE FUNCTION vod_tender_crypto.key_expression(relation regclass) RETURNS text
     LANGUAGE sql STABLE
-    SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     SELECT coalesce(
         (SELECT format('jsonb_build_object(%s)', string_agg(format('%L, t.%I', k.column_name, k.column_name), ', ' ORDER BY k.place))
@@ -73,7 +72,7 @@ BEGIN
         END IF;
         literal := quote_nullable(replace(item.value, '{key}', coalesce((bookkeeping.j).key, '')));
         items := items || CASE WHEN strpos(item.value, '{kek_id}') > 0
-            THEN format('%I = CAST(replace(%s, ''{kek_id}'', l.kek_id) AS %s)', item.column_name, literal, attribute.type)
+            THEN format('%I = CAST(replace(%s, ''{kek_id}'', coalesce({kek_ids})) AS %s)', item.column_name, literal, attribute.type)
             ELSE format('%I = CAST(%s AS %s)', item.column_name, literal, attribute.type) END;
     END LOOP;
     RETURN items;
@@ -124,16 +123,17 @@ DECLARE
     -- What an aad must not be made of.
     changed text[] := (plan_job.j).columns::text[] || ARRAY(SELECT jsonb_object_keys((plan_job.j).set_columns));
     -- A trigger may change what the job leaves alone.
-    guarded boolean := (plan_job.j).triggers = 'fire' AND EXISTS (
+    guarded boolean := EXISTS (
         SELECT FROM pg_trigger g
-        WHERE g.tgrelid = plan_job.relation AND NOT g.tgisinternal AND g.tgenabled IN ('O', 'A')
+        WHERE g.tgrelid = plan_job.relation AND NOT g.tgisinternal
+          AND g.tgenabled IN ('A', CASE (plan_job.j).triggers WHEN 'fire' THEN 'O' ELSE 'R' END::"char")
           AND g.tgtype & 1 = 1 AND g.tgtype & 2 = 2 AND g.tgtype & 16 = 16);
+    uses_kek_id boolean := strpos((plan_job.j).set_columns::text, '{kek_id}') > 0;
     col record;
     slice text;
     read_items text := '';
     texts text; bytes text; aads text;
-    batch_names text := ''; batch_arrays text := ''; none_failed text := ''; some_new text := ''; same text := '';
-    kek_ids text := '';
+    batch_names text := ''; batch_arrays text := ''; some_new text; same text; kek_ids text;
     version text := 'NULL::integer';
     relation_name text := plan_job.relation::text;
 BEGIN
@@ -165,22 +165,30 @@ BEGIN
         aads := concat_ws(' || ', aads, format('array_agg(b.a%s)', col.at));
         -- Each column's part of the arrays, which hold one column after the other.
         slice := format('[%1$s * cardinality($1) + 1 : (%1$s + 1) * cardinality($1)]', col.at);
-        batch_names := batch_names || format(', n%1$s, f%1$s, k%1$s, a%1$s', col.at);
-        batch_arrays := batch_arrays || format(', ($%s)%s, ($5)%s, ($6)%s, ($7)%s',
-            CASE WHEN col.is_bytea THEN 4 ELSE 3 END,
-            format('[%1$s * cardinality($1) + 1 : (%1$s + 1) * cardinality($1)]', col.at_in_type), slice, slice, slice);
-        none_failed := concat_ws(' AND ', nullif(none_failed, ''), format('f%s IS NULL', col.at));
-        some_new := concat_ws(' OR ', nullif(some_new, ''), format('n%s IS NOT NULL', col.at));
-        kek_ids := concat_ws(', ', nullif(kek_ids, ''), format('k%s', col.at));
+        batch_names := batch_names || format(', n%s', col.at);
+        batch_arrays := batch_arrays || format(', ($%s)[%3$s * cardinality($1) + 1 : (%3$s + 1) * cardinality($1)]',
+            CASE WHEN col.is_bytea THEN 4 ELSE 3 END, NULL, col.at_in_type);
+        some_new := concat_ws(' OR ', some_new, format('l.n%s IS NOT NULL', col.at));
         set_items := set_items || format('%1$I = coalesce(l.n%2$s, t.%1$I)', col.column_name, col.at);
-        -- What is stored is what was made, under the aad that it was made with.
-        same := concat_ws(' AND ', nullif(same, ''),
-            format('(l.n%1$s IS NULL OR t.%2$I%3$s = l.n%1$s)', col.at, col.column_name,
-                   CASE WHEN col.is_bytea THEN '' ELSE '::text COLLATE "C"' END));
-        IF col.aad IS NOT NULL THEN
-            same := same || format(' AND %s IS NOT DISTINCT FROM l.a%s', col.aad, col.at);
+        IF uses_kek_id THEN
+            batch_names := batch_names || format(', k%s', col.at);
+            batch_arrays := batch_arrays || format(', ($6)%s', slice);
+            kek_ids := concat_ws(', ', kek_ids, format('l.k%s', col.at));
+        END IF;
+        IF guarded THEN
+            -- What is stored must be what was made, under the aad that it was made with.
+            batch_names := batch_names || format(', a%s', col.at);
+            batch_arrays := batch_arrays || format(', ($7)%s', slice);
+            same := concat_ws(' AND ', same, format('(l.n%1$s IS NULL OR t.%2$I%3$s = l.n%1$s)', col.at, col.column_name,
+                CASE WHEN col.is_bytea THEN '' ELSE '::text COLLATE "C"' END));
+            IF col.aad IS NOT NULL THEN
+                same := same || format(' AND %s IS NOT DISTINCT FROM l.a%s', col.aad, col.at);
+            END IF;
         END IF;
     END LOOP;
+    IF uses_kek_id THEN
+        set_items := ARRAY(SELECT replace(item, 'coalesce({kek_ids})', format('coalesce(%s)', kek_ids)) FROM unnest(set_items) item);
+    END IF;
 
     plan.read_sql := format(
         'SELECT array_agg(b.tid), array_agg(b.xmin), %s, %s, %s, %s
@@ -193,25 +201,28 @@ BEGIN
         version, read_items, relation_name, due);
 
     -- Whoever locked a row is not waited for. A row that changed since it was read (its xmin is another) is left alone.
+    plan.lock_sql := format(
+        'SELECT array_agg(l.place)
+         FROM (SELECT b.place
+               FROM unnest($1, $2) WITH ORDINALITY b(tid, xmin, place)
+               JOIN ONLY %s t ON t.ctid = b.tid AND t.xmin = b.xmin
+               FOR NO KEY UPDATE OF t SKIP LOCKED) l', relation_name);
     plan.write_sql := format(
-        'WITH batch AS (
-             SELECT b.*, coalesce(%1$s) AS kek_id FROM unnest($1, $2%2$s) AS b(tid, xmin%3$s)
-             WHERE %4$s AND (%5$s)),
-         locked AS (
-             SELECT b.*%6$s FROM ONLY %7$s t JOIN batch b ON b.tid = t.ctid AND b.xmin = t.xmin
-             WHERE t.ctid >= $8 AND t.ctid <= $9
-             FOR NO KEY UPDATE OF t SKIP LOCKED),
-         written AS (
-             UPDATE ONLY %7$s t SET %8$s FROM locked l
-             WHERE t.ctid = l.tid AND t.ctid >= $8 AND t.ctid <= $9
-             RETURNING %9$s AS same)
-         SELECT (SELECT count(*) FROM batch), count(*), coalesce(bool_and(w.same), true) FROM written w',
-        kek_ids, batch_arrays, batch_names, none_failed, some_new,
-        CASE WHEN guarded THEN ', to_jsonb(t) AS whole' ELSE '' END,
-        relation_name, array_to_string(set_items, ', '),
-        same || CASE WHEN guarded THEN format(' AND to_jsonb(t) - %1$L::text[] = l.whole - %1$L::text[]',
+        'WITH written AS (
+             UPDATE ONLY %1$s t SET %2$s
+             FROM (SELECT b.*%3$s FROM unnest($1, $2, $5%4$s) AS b(tid, xmin, mine%5$s)%6$s) l
+             WHERE t.ctid = l.tid AND t.xmin = l.xmin AND l.mine AND (%7$s)
+             RETURNING %8$s AS same)
+         SELECT count(*), coalesce(bool_and(w.same), true) FROM written w',
+        relation_name, array_to_string(set_items, ', '), CASE WHEN guarded THEN ', o.whole' ELSE '' END,
+        batch_arrays, batch_names,
+        CASE WHEN guarded THEN format(
+            ', LATERAL (SELECT to_jsonb(o) AS whole FROM ONLY %s o WHERE o.ctid = b.tid OFFSET 0) o', relation_name)
+        ELSE '' END,
+        some_new,
+        CASE WHEN guarded THEN same || format(' AND to_jsonb(t) - %1$L::text[] = l.whole - %1$L::text[]',
             changed || ARRAY(SELECT a.attname::text FROM pg_attribute a
-                             WHERE a.attrelid = plan_job.relation AND a.attgenerated <> '')) ELSE '' END);
+                             WHERE a.attrelid = plan_job.relation AND a.attgenerated <> '')) ELSE 'true' END);
 
     plan.count_sql := format('SELECT count(*) FROM ONLY %s t WHERE %s', relation_name, due);
     plan.key_sql := format('SELECT %s FROM ONLY %s t WHERE t.ctid = $1 AND t.xmin = $2',

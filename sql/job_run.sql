@@ -18,14 +18,12 @@ $$;
 -- Rows of about this size that a batch may have: it is in memory several times over.
 CREATE FUNCTION vod_tender_crypto.job_fitting_rows(j vod_tender_crypto.job, bytes bigint, in_rows double precision) RETURNS integer
     LANGUAGE sql IMMUTABLE
-    SET search_path = pg_catalog, pg_temp
 RETURN least((job_fitting_rows.j).batch_size, greatest(1,
     16777216 * job_fitting_rows.in_rows / greatest(job_fitting_rows.bytes, 1)))::integer;
 
 -- Where a place in a table is.
 CREATE FUNCTION vod_tender_crypto.block_of(place tid) RETURNS bigint
     LANGUAGE sql IMMUTABLE
-    SET search_path = pg_catalog, pg_temp
 RETURN (block_of.place::text::point)[0]::bigint;
 
 -- After a pass: whether the job is done, goes on with another pass, or cannot finish.
@@ -36,8 +34,7 @@ AS $$
 BEGIN
     -- What failed in an earlier pass and no longer does is not a failure any more.
     DELETE FROM vod_tender_crypto.job_error e WHERE e.job = (job_end_pass.j).job AND e.pass < (job_end_pass.j).pass;
-    j.rows_failed := (SELECT count(DISTINCT (e.relation, e.row_key)) FROM vod_tender_crypto.job_error e
-                      WHERE e.job = (job_end_pass.j).job);
+    j.rows_failed := vod_tender_crypto.job_count_failed(j);
     j.rows_left := vod_tender_crypto.job_count_due(j);
     j.relation := NULL;
     IF j.dry_run OR j.rows_left <= j.rows_failed THEN
@@ -173,7 +170,8 @@ BEGIN
                     PERFORM vod_tender_crypto.job_note(j);
                 END IF;
             ELSIF phase = 'convert' THEN
-                converted := vod_tender_crypto.job_convert(j, plan, batch);
+                converted := vod_tender_crypto.job_convert(
+                    j, plan, n, batch.texts, batch.bytes, batch.aads, batch.versions);
                 phase := 'write';
             ELSIF phase = 'write' THEN
                 written := j;
@@ -184,7 +182,8 @@ BEGIN
                 ELSE
                     written.next_row := behind_batch;
                 END IF;
-                written := vod_tender_crypto.job_write(written, plan, batch, converted, caller_path);
+                written := vod_tender_crypto.job_write(written, plan, batch.tids, batch.xmins, converted.texts,
+                    converted.bytes, converted.failed, converted.kek_ids, batch.aads, caller_path);
                 IF written.job IS NOT NULL THEN
                     blocks := CASE WHEN n < most_rows THEN least(blocks * 2, most_blocks)
                         ELSE vod_tender_crypto.block_of(written.next_row) - vod_tender_crypto.block_of(j.next_row) + 1 END;

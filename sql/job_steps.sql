@@ -56,9 +56,10 @@ $$;
 
 -- Notes where the job stands and what it counted.
 CREATE FUNCTION vod_tender_crypto.job_note(j vod_tender_crypto.job) RETURNS void
-    LANGUAGE sql VOLATILE
+    LANGUAGE plpgsql VOLATILE
     SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
+AS $$
+BEGIN
     UPDATE vod_tender_crypto.job o SET
         newest_kek_id = (job_note.j).newest_kek_id, state = (job_note.j).state, sqlstate = (job_note.j).sqlstate,
         message = (job_note.j).message, pass = (job_note.j).pass, relation = (job_note.j).relation,
@@ -67,12 +68,12 @@ BEGIN ATOMIC
         rows_left = (job_note.j).rows_left, run_rows_due = (job_note.j).run_rows_due,
         run_rows_done = (job_note.j).run_rows_done, updated_at = clock_timestamp()
     WHERE o.job = (job_note.j).job AND o.run = (job_note.j).run;
-END;
+END
+$$;
 
 -- Notes why the job failed, and leaves its checkpoint as the last batch left it.
 CREATE FUNCTION vod_tender_crypto.job_fail(j vod_tender_crypto.job, code text, message text) RETURNS void
     LANGUAGE sql VOLATILE
-    SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     UPDATE vod_tender_crypto.job o SET
         state = 'failed', sqlstate = job_fail.code, message = job_fail.message, updated_at = clock_timestamp()
@@ -82,7 +83,6 @@ END;
 -- The key that a finished rewrap put the columns under is theirs from now on.
 CREATE FUNCTION vod_tender_crypto.job_note_key(j vod_tender_crypto.job) RETURNS void
     LANGUAGE sql VOLATILE
-    SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     UPDATE vod_tender_crypto.protected_column p SET key = (job_note_key.j).key
     FROM pg_class c JOIN pg_namespace s ON s.oid = c.relnamespace
@@ -122,40 +122,39 @@ END
 $$;
 
 CREATE FUNCTION vod_tender_crypto.job_convert(
-    j vod_tender_crypto.job, plan vod_tender_crypto.job_plan, batch vod_tender_crypto.job_batch
+    j vod_tender_crypto.job, plan vod_tender_crypto.job_plan, n integer, texts text[], bytes bytea[], aads text[], versions integer[]
 ) RETURNS vod_tender_crypto.job_converted
     LANGUAGE plpgsql VOLATILE
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     all_converted vod_tender_crypto.job_converted;
-    n integer := cardinality((job_convert.batch).tids);
     at integer;
     place integer;
-    aads text[];
+    column_aads text[];
     new_texts text[];
     new_bytes bytea[];
     failed text[];
     kek_ids text[];
 BEGIN
     FOR at IN 0 .. cardinality((job_convert.plan).columns) - 1 LOOP
-        aads := CASE WHEN (job_convert.plan).aad_given[at + 1]
-                THEN (job_convert.batch).aads[at * n + 1 : (at + 1) * n] END;
+        column_aads := CASE WHEN (job_convert.plan).aad_given[at + 1] THEN job_convert.aads[at * n + 1 : (at + 1) * n] END;
         IF at < (job_convert.plan).text_columns THEN
             SELECT c.converted, c.failed, c.kek_ids INTO new_texts, failed, kek_ids
-            FROM vod_tender_crypto.convert_batch((job_convert.j).operation,
-                (job_convert.batch).texts[at * n + 1 : (at + 1) * n], aads, (job_convert.batch).versions,
-                (job_convert.j).key, (job_convert.j).context, (job_convert.j).check_wraps) c;
+            FROM vod_tender_crypto.convert_batch((job_convert.j).operation, job_convert.texts[at * n + 1 : (at + 1) * n],
+                column_aads, job_convert.versions, (job_convert.j).key, (job_convert.j).context, (job_convert.j).check_wraps) c;
             all_converted.texts := all_converted.texts || new_texts;
         ELSE
             place := at - (job_convert.plan).text_columns;
             SELECT c.converted, c.failed, c.kek_ids INTO new_bytes, failed, kek_ids
-            FROM vod_tender_crypto.convert_batch((job_convert.j).operation,
-                (job_convert.batch).bytes[place * n + 1 : (place + 1) * n], aads, (job_convert.batch).versions,
-                (job_convert.j).key, (job_convert.j).context, (job_convert.j).check_wraps) c;
+            FROM vod_tender_crypto.convert_batch((job_convert.j).operation, job_convert.bytes[place * n + 1 : (place + 1) * n],
+                column_aads, job_convert.versions, (job_convert.j).key, (job_convert.j).context, (job_convert.j).check_wraps) c;
             all_converted.bytes := all_converted.bytes || new_bytes;
         END IF;
-        all_converted.failed := all_converted.failed || failed;
+        IF failed IS NOT NULL OR all_converted.failed IS NOT NULL THEN
+            all_converted.failed := coalesce(all_converted.failed, array_fill(NULL::text, ARRAY[at * n]))
+                                    || coalesce(failed, array_fill(NULL::text, ARRAY[n]));
+        END IF;
         all_converted.kek_ids := all_converted.kek_ids || kek_ids;
     END LOOP;
     RETURN all_converted;
@@ -165,8 +164,13 @@ $$;
 -- Whether an error says something about the row that was written, and the next row may fare better.
 CREATE FUNCTION vod_tender_crypto.concerns_one_row(sqlstate text) RETURNS boolean
     LANGUAGE sql IMMUTABLE
-    SET search_path = pg_catalog, pg_temp
 RETURN "left"(concerns_one_row.sqlstate, 2) IN ('22', '23', '27', '44', '54', 'P0');
+
+CREATE FUNCTION vod_tender_crypto.job_count_failed(j vod_tender_crypto.job) RETURNS bigint
+    LANGUAGE sql VOLATILE
+BEGIN ATOMIC
+    SELECT count(DISTINCT (e.relation, e.row_key)) FROM vod_tender_crypto.job_error e WHERE e.job = (job_count_failed.j).job;
+END;
 
 CREATE FUNCTION vod_tender_crypto.job_note_error(
     j vod_tender_crypto.job, plan vod_tender_crypto.job_plan, tid tid, xmin xid, column_name name, code text
@@ -188,31 +192,36 @@ BEGIN
 END
 $$;
 
--- Runs the plan's UPDATE under the caller's search_path and trigger setting: triggers of the table may rely on them.
+-- Locks what nobody else has locked, and writes it. The UPDATE runs under the caller's search_path and trigger setting:
+-- triggers of the table may rely on them.
 CREATE FUNCTION vod_tender_crypto.job_update(
-    j vod_tender_crypto.job, plan vod_tender_crypto.job_plan, batch vod_tender_crypto.job_batch,
-    converted vod_tender_crypto.job_converted, caller_path text, OUT meant bigint, OUT written bigint
+    j vod_tender_crypto.job, plan vod_tender_crypto.job_plan, tids tid[], xmins xid[], texts text[], bytes bytea[],
+    writable boolean[], kek_ids text[], aads text[], caller_path text, OUT written bigint, OUT skipped bigint
 )
     LANGUAGE plpgsql VOLATILE
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
+    mine boolean[] := job_update.writable;
+    locked bigint[];
     same boolean;
     role_before text := current_setting('session_replication_role');
-    -- Read before the search_path is the caller's.
-    run_sql text := (job_update.plan).write_sql;
-    first_row tid := (job_update.batch).tids[1];
-    last_row tid := (job_update.batch).tids[cardinality((job_update.batch).tids)];
+    statement text := (job_update.plan).write_sql;
 BEGIN
+    EXECUTE (job_update.plan).lock_sql INTO locked USING job_update.tids, job_update.xmins;
+    skipped := 0;
+    IF coalesce(cardinality(locked), 0) < cardinality(job_update.tids) THEN
+        SELECT array_agg(m.may AND l.place IS NOT NULL ORDER BY m.place), count(*) FILTER (WHERE m.may AND l.place IS NULL)
+        INTO mine, skipped
+        FROM unnest(job_update.writable) WITH ORDINALITY m(may, place) LEFT JOIN unnest(locked) l(place) USING (place);
+    END IF;
     IF (job_update.j).triggers = 'skip' THEN
         PERFORM set_config('session_replication_role', 'replica', true);
     END IF;
     -- PostgreSQL's own functions first, whatever the caller's path says: the statement is resolved under it.
     PERFORM set_config('search_path', concat_ws(', ', 'pg_catalog', nullif(job_update.caller_path, '')), true);
-    EXECUTE run_sql INTO meant, written, same
-        USING (job_update.batch).tids, (job_update.batch).xmins, (job_update.converted).texts,
-              (job_update.converted).bytes, (job_update.converted).failed, (job_update.converted).kek_ids,
-              (job_update.batch).aads, first_row, last_row;
+    EXECUTE statement INTO written, same
+        USING job_update.tids, job_update.xmins, job_update.texts, job_update.bytes, mine, job_update.kek_ids, job_update.aads;
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     IF (job_update.j).triggers = 'skip' THEN
         PERFORM set_config('session_replication_role', role_before, true);
@@ -227,22 +236,20 @@ END
 $$;
 
 CREATE FUNCTION vod_tender_crypto.job_write(
-    j vod_tender_crypto.job, plan vod_tender_crypto.job_plan, batch vod_tender_crypto.job_batch,
-    converted vod_tender_crypto.job_converted, caller_path text
+    j vod_tender_crypto.job, plan vod_tender_crypto.job_plan, tids tid[], xmins xid[], texts text[], bytes bytea[],
+    failed text[], kek_ids text[], aads text[], caller_path text
 ) RETURNS vod_tender_crypto.job
     LANGUAGE plpgsql VOLATILE
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    n integer := cardinality((job_write.batch).tids);
+    n integer := cardinality(job_write.tids);
     columns integer := cardinality((job_write.plan).columns);
+    writable boolean[] := array_fill(true, ARRAY[n]);
     failure record;
-    row_at integer;
     outcome record;
-    meant bigint := 0;
     written bigint := 0;
-    one vod_tender_crypto.job_batch;
-    one_converted vod_tender_crypto.job_converted;
+    skipped bigint := 0;
     code text;
     lost boolean := false;
 BEGIN
@@ -250,27 +257,28 @@ BEGIN
         -- Rows are named by their place. The lock keeps the table from being rewritten, and the file says whether it
         -- was between reading and now: then other rows are in those places.
         EXECUTE format('LOCK TABLE ONLY %s IN ROW EXCLUSIVE MODE', (job_write.j).relation);
-        IF pg_relation_filenode((job_write.j).relation) IS DISTINCT FROM (job_write.j).filenode THEN
+        IF pg_relation_filenode((job_write.j).relation)::oid IS DISTINCT FROM (job_write.j).filenode THEN
             RETURN NULL;
         END IF;
     END IF;
     FOR failure IN
         SELECT f.code, (f.place - 1) % n + 1 AS row_at, (f.place - 1) / n + 1 AS column_at
-        FROM unnest((job_write.converted).failed) WITH ORDINALITY f(code, place)
+        FROM unnest(job_write.failed) WITH ORDINALITY f(code, place)
         WHERE f.code IS NOT NULL
     LOOP
-        PERFORM vod_tender_crypto.job_note_error(job_write.j, job_write.plan, (job_write.batch).tids[failure.row_at],
-            (job_write.batch).xmins[failure.row_at], (job_write.plan).columns[failure.column_at], failure.code);
+        writable[failure.row_at] := false;
+        PERFORM vod_tender_crypto.job_note_error(job_write.j, job_write.plan, job_write.tids[failure.row_at],
+            job_write.xmins[failure.row_at], (job_write.plan).columns[failure.column_at], failure.code);
     END LOOP;
     IF (job_write.j).dry_run THEN
-        SELECT count(*) FILTER (WHERE r.fine) INTO written
-        FROM (SELECT bool_and(f.code IS NULL) AS fine
-              FROM unnest((job_write.converted).failed) WITH ORDINALITY f(code, place) GROUP BY (f.place - 1) % n) r;
-        meant := written;
+        written := (SELECT count(*) FROM unnest(writable) w WHERE w);
     ELSE
         BEGIN
-            SELECT u.meant, u.written INTO meant, written FROM vod_tender_crypto.job_update(
-                job_write.j, job_write.plan, job_write.batch, job_write.converted, job_write.caller_path) u;
+            SELECT u.written, u.skipped INTO outcome FROM vod_tender_crypto.job_update(job_write.j, job_write.plan,
+                job_write.tids, job_write.xmins, job_write.texts, job_write.bytes, writable, job_write.kek_ids,
+                job_write.aads, job_write.caller_path) u;
+            written := outcome.written;
+            skipped := outcome.skipped;
         EXCEPTION WHEN OTHERS THEN
             IF NOT vod_tender_crypto.concerns_one_row(SQLSTATE) THEN
                 RAISE;
@@ -278,45 +286,42 @@ BEGIN
             lost := true;
         END;
     END IF;
-    -- One row of the batch cannot be written: find it.
     IF lost THEN
-        meant := 0;
-        written := 0;
+        -- One row of the batch cannot be written: find it.
         FOR row_at IN 1 .. n LOOP
-            one := ROW((job_write.batch).tids[row_at : row_at], (job_write.batch).xmins[row_at : row_at], NULL, NULL,
-                ARRAY(SELECT (job_write.batch).aads[row_at + n * c] FROM generate_series(0, columns - 1) c), NULL);
-            one_converted := ROW(
-                ARRAY(SELECT (job_write.converted).texts[row_at + n * c]
-                      FROM generate_series(0, (job_write.plan).text_columns - 1) c),
-                ARRAY(SELECT (job_write.converted).bytes[row_at + n * c]
-                      FROM generate_series(0, columns - (job_write.plan).text_columns - 1) c),
-                ARRAY(SELECT (job_write.converted).failed[row_at + n * c] FROM generate_series(0, columns - 1) c),
-                ARRAY(SELECT (job_write.converted).kek_ids[row_at + n * c] FROM generate_series(0, columns - 1) c));
             BEGIN
-                SELECT u.meant, u.written INTO outcome FROM vod_tender_crypto.job_update(
-                    job_write.j, job_write.plan, one, one_converted, job_write.caller_path) u;
-                meant := meant + outcome.meant;
+                SELECT u.written, u.skipped INTO outcome FROM vod_tender_crypto.job_update(job_write.j, job_write.plan,
+                    job_write.tids[row_at : row_at], job_write.xmins[row_at : row_at],
+                    ARRAY(SELECT job_write.texts[row_at + n * c] FROM generate_series(0, (job_write.plan).text_columns - 1) c),
+                    ARRAY(SELECT job_write.bytes[row_at + n * c]
+                          FROM generate_series(0, columns - (job_write.plan).text_columns - 1) c),
+                    writable[row_at : row_at],
+                    ARRAY(SELECT job_write.kek_ids[row_at + n * c] FROM generate_series(0, columns - 1) c),
+                    ARRAY(SELECT job_write.aads[row_at + n * c] FROM generate_series(0, columns - 1) c),
+                    job_write.caller_path) u;
                 written := written + outcome.written;
+                skipped := skipped + outcome.skipped;
             EXCEPTION WHEN OTHERS THEN
                 IF NOT vod_tender_crypto.concerns_one_row(SQLSTATE) THEN
                     RAISE;
                 END IF;
                 code := SQLSTATE;
-                PERFORM vod_tender_crypto.job_note_error(job_write.j, job_write.plan, (job_write.batch).tids[row_at],
-                    (job_write.batch).xmins[row_at], '*', code);
+                PERFORM vod_tender_crypto.job_note_error(job_write.j, job_write.plan, job_write.tids[row_at],
+                    job_write.xmins[row_at], '*', code);
             END;
         END LOOP;
     END IF;
     j.rows_done := j.rows_done + written;
     j.run_rows_done := j.run_rows_done + written;
-    j.rows_skipped := j.rows_skipped + meant - written;
-    j.rows_failed := (SELECT count(DISTINCT (e.relation, e.row_key)) FROM vod_tender_crypto.job_error e
-                      WHERE e.job = (job_write.j).job);
+    j.rows_skipped := j.rows_skipped + skipped;
+    IF lost OR job_write.failed IS NOT NULL THEN
+        j.rows_failed := vod_tender_crypto.job_count_failed(j);
+    END IF;
     PERFORM vod_tender_crypto.job_note(j);
     RETURN j;
 END
 $$;
-COMMENT ON FUNCTION vod_tender_crypto.job_write(vod_tender_crypto.job, vod_tender_crypto.job_plan, vod_tender_crypto.job_batch, vod_tender_crypto.job_converted, text) IS
+COMMENT ON FUNCTION vod_tender_crypto.job_write(vod_tender_crypto.job, vod_tender_crypto.job_plan, tid[], xid[], text[], bytea[], text[], text[], text[], text) IS
     'Writes a batch. NULL when the table was rewritten since the batch was read.';
 
 SET LOCAL search_path = @extschema@, pg_temp;

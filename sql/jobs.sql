@@ -6,7 +6,6 @@ CREATE FUNCTION vod_tender_crypto.registered(target regclass, columns name[]) RE
     column_name name, is_registered boolean, key text, context jsonb, aad text, version text
 )
     LANGUAGE sql STABLE
-    SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     SELECT w.column_name, p.column_name IS NOT NULL, p.key, p.context, p.aad, p.version
     FROM pg_class c
@@ -83,8 +82,7 @@ BEGIN
         plan := vod_tender_crypto.plan_job(j, part);
         -- Planned with nothing to do: what PostgreSQL does not accept, it says before anything runs.
         EXECUTE 'EXPLAIN ' || plan.write_sql USING
-            '{}'::tid[], '{}'::xid[], '{}'::text[], '{}'::bytea[], '{}'::text[], '{}'::text[], '{}'::text[],
-            '(0,0)'::tid, '(0,0)'::tid;
+            '{}'::tid[], '{}'::xid[], '{}'::text[], '{}'::bytea[], '{}'::boolean[], '{}'::text[], '{}'::text[];
         IF j.triggers = 'skip' THEN
             PERFORM set_config('session_replication_role', current_setting('session_replication_role'), true);
         END IF;
@@ -214,7 +212,6 @@ COMMENT ON PROCEDURE vod_tender_crypto.stop(bigint) IS 'Ends a job after the bat
 -- What running jobs takes.
 CREATE FUNCTION vod_tender_crypto.job_routine() RETURNS SETOF regprocedure
     LANGUAGE sql STABLE
-    SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     SELECT p.oid::regprocedure FROM pg_proc p
     WHERE p.pronamespace = 'vod_tender_crypto'::regnamespace AND p.proname NOT IN (

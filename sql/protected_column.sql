@@ -5,7 +5,6 @@ SET LOCAL search_path = pg_catalog, pg_temp;
 -- owner's triggers could do.
 CREATE FUNCTION vod_tender_crypto.owns(target regclass) RETURNS boolean
     LANGUAGE sql STABLE
-    SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     SELECT EXISTS (SELECT FROM pg_class c WHERE c.oid = owns.target AND pg_has_role(c.relowner, 'USAGE'));
 END;
@@ -35,7 +34,6 @@ CREATE POLICY owner ON vod_tender_crypto.protected_column
 -- A table and everything that stores rows for it: its partitions and the tables that inherit from it.
 CREATE FUNCTION vod_tender_crypto.storing_relations(target regclass) RETURNS SETOF regclass
     LANGUAGE sql STABLE
-    SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     WITH RECURSIVE tree(relation) AS (
         SELECT storing_relations.target::oid

@@ -39,8 +39,8 @@ BEGIN
             block := block + blocks;
             n := coalesce(cardinality(batch.tids), 0);
             CONTINUE WHEN n = 0;
-            converted := vod_tender_crypto.job_convert(j, plan, batch);
-            opened := opened + (SELECT count(*) FROM unnest(converted.failed) f WHERE f IS NULL);
+            converted := vod_tender_crypto.job_convert(j, plan, n, batch.texts, batch.bytes, batch.aads, batch.versions);
+            opened := opened + n * cardinality(plan.columns);
             FOR failure IN
                 SELECT f.code, (f.place - 1) % n + 1 AS row_at, (f.place - 1) / n + 1 AS column_at
                 FROM unnest(converted.failed) WITH ORDINALITY f(code, place) WHERE f.code IS NOT NULL
@@ -48,6 +48,7 @@ BEGIN
                 EXECUTE plan.key_sql INTO row_key USING batch.tids[failure.row_at], batch.xmins[failure.row_at];
                 column_name := plan.columns[failure.column_at];
                 sqlstate := failure.code;
+                opened := opened - 1;
                 unopened := unopened + 1;
                 RETURN NEXT;
             END LOOP;

@@ -22,8 +22,8 @@ mod vod_tender_crypto {
     use crate::results::{BytesOut, TextOut, Varlena};
     use crate::row_expression::{self, Purpose};
 
-    /// One batch of a column: the new values (NULL where nothing is to be written), the SQLSTATE of what failed, and
-    /// the KEK id of what is under a new one. Raises when it is not a value's fault.
+    /// One batch of a column: the new values (NULL where nothing is to be written), the SQLSTATE of what failed
+    /// (no array when nothing did), and the KEK id of what is under a new one. Raises when it is not a value's fault.
     #[allow(clippy::too_many_arguments, clippy::type_complexity)]
     #[pg_extern(name = "convert_batch", volatile, parallel_restricted)]
     fn convert_batch_text<'a>(
@@ -38,7 +38,7 @@ mod vod_tender_crypto {
         'static,
         (
             name!(converted, Vec<Option<TextOut>>),
-            name!(failed, Vec<Option<String>>),
+            name!(failed, Option<Vec<Option<String>>>),
             name!(kek_ids, Vec<Option<String>>),
         ),
     > {
@@ -64,7 +64,7 @@ mod vod_tender_crypto {
         'static,
         (
             name!(converted, Vec<Option<BytesOut>>),
-            name!(failed, Vec<Option<String>>),
+            name!(failed, Option<Vec<Option<String>>>),
             name!(kek_ids, Vec<Option<String>>),
         ),
     > {
@@ -84,7 +84,7 @@ mod vod_tender_crypto {
         versions: Option<Array<'a, i32>>,
     }
 
-    type Converted<T> = (Vec<Option<T>>, Vec<Option<String>>, Vec<Option<String>>);
+    type Converted<T> = (Vec<Option<T>>, Option<Vec<Option<String>>>, Vec<Option<String>>);
 
     impl Batch<'_> {
         /// An element is `None` for NULL, and `Some(None)` for what is not UTF-8.
@@ -120,7 +120,8 @@ mod vod_tender_crypto {
                 failed.push(code);
                 kek_ids.push(kek_id);
             }
-            (converted, failed, kek_ids)
+            let any_failed = failed.iter().any(Option::is_some);
+            (converted, any_failed.then_some(failed), kek_ids)
         }
     }
 

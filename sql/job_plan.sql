@@ -5,6 +5,7 @@ CREATE TYPE vod_tender_crypto.job_plan AS (
     columns      name[],     -- the job's columns, those of type text first
     text_columns integer,    -- how many of them are text
     aad_given    boolean[],  -- which of them have an aad
+    uses_kek_id  boolean,    -- whether the new KEK id is written beside the values
     read_sql     text,       -- $1, $2 first place and the one behind the last, $3 most rows -> job_batch
     lock_sql     text,       -- $1 ctids, $2 xmins -> places in the arrays of the rows that are locked now
     write_sql    text,       -- $1 to $7 as job_update passes them -> rows written, whether they are as meant
@@ -128,7 +129,6 @@ DECLARE
         WHERE g.tgrelid = plan_job.relation AND NOT g.tgisinternal
           AND g.tgenabled IN ('A', CASE (plan_job.j).triggers WHEN 'fire' THEN 'O' ELSE 'R' END::"char")
           AND g.tgtype & 1 = 1 AND g.tgtype & 2 = 2 AND g.tgtype & 16 = 16);
-    uses_kek_id boolean := strpos((plan_job.j).set_columns::text, '{kek_id}') > 0;
     col record;
     slice text;
     read_items text := '';
@@ -137,6 +137,7 @@ DECLARE
     version text := 'NULL::integer';
     relation_name text := plan_job.relation::text;
 BEGIN
+    plan.uses_kek_id := strpos((plan_job.j).set_columns::text, '{kek_id}') > 0;
     IF (plan_job.j).version IS NOT NULL THEN
         version := vod_tender_crypto.row_expression(plan_job.relation, (plan_job.j).version, 'version', NULL, '{}');
     END IF;
@@ -170,7 +171,7 @@ BEGIN
             CASE WHEN col.is_bytea THEN 4 ELSE 3 END, NULL, col.at_in_type);
         some_new := concat_ws(' OR ', some_new, format('l.n%s IS NOT NULL', col.at));
         set_items := set_items || format('%1$I = coalesce(l.n%2$s, t.%1$I)', col.column_name, col.at);
-        IF uses_kek_id THEN
+        IF plan.uses_kek_id THEN
             batch_names := batch_names || format(', k%s', col.at);
             batch_arrays := batch_arrays || format(', ($6)%s', slice);
             kek_ids := concat_ws(', ', kek_ids, format('l.k%s', col.at));
@@ -186,7 +187,7 @@ BEGIN
             END IF;
         END IF;
     END LOOP;
-    IF uses_kek_id THEN
+    IF plan.uses_kek_id THEN
         set_items := ARRAY(SELECT replace(item, 'coalesce({kek_ids})', format('coalesce(%s)', kek_ids)) FROM unnest(set_items) item);
     END IF;
 
@@ -200,7 +201,7 @@ BEGIN
         CASE WHEN (plan_job.j).version IS NULL THEN 'NULL::integer[]' ELSE 'array_agg(b.version)' END,
         version, read_items, relation_name, due);
 
-    -- Whoever locked a row is not waited for. A row that changed since it was read (its xmin is another) is left alone.
+    -- A row that changed since it was read (its xmin is another) is left alone.
     plan.lock_sql := format(
         'SELECT array_agg(l.place)
          FROM (SELECT b.place

@@ -129,6 +129,8 @@ CREATE FUNCTION vod_tender_crypto.job_convert(
 AS $$
 DECLARE
     all_converted vod_tender_crypto.job_converted;
+    columns integer := cardinality((job_convert.plan).columns);
+    left_after bigint;
     at integer;
     place integer;
     column_aads text[];
@@ -137,7 +139,13 @@ DECLARE
     failed text[];
     kek_ids text[];
 BEGIN
-    FOR at IN 0 .. cardinality((job_convert.plan).columns) - 1 LOOP
+    -- All calls of the batch go together, and further ahead while rows are left; at a limited speed not so far that
+    -- the DEKs grow old.
+    left_after := greatest((job_convert.j).run_rows_due - (job_convert.j).run_rows_done, 0);
+    PERFORM vod_tender_crypto.prepare_keys((job_convert.j).operation, n::bigint * columns,
+        columns * least(left_after, 60 * (job_convert.j).max_rows_per_second::bigint),
+        (job_convert.j).key, (job_convert.j).context, (job_convert.j).check_wraps);
+    FOR at IN 0 .. columns - 1 LOOP
         column_aads := CASE WHEN (job_convert.plan).aad_given[at + 1] THEN job_convert.aads[at * n + 1 : (at + 1) * n] END;
         IF at < (job_convert.plan).text_columns THEN
             SELECT c.converted, c.failed, c.kek_ids INTO new_texts, failed, kek_ids
@@ -155,7 +163,10 @@ BEGIN
             all_converted.failed := coalesce(all_converted.failed, array_fill(NULL::text, ARRAY[at * n]))
                                     || coalesce(failed, array_fill(NULL::text, ARRAY[n]));
         END IF;
-        all_converted.kek_ids := all_converted.kek_ids || kek_ids;
+        IF (job_convert.plan).uses_kek_id THEN
+            all_converted.kek_ids := all_converted.kek_ids
+                || CASE WHEN cardinality(kek_ids) = n THEN kek_ids ELSE array_fill(kek_ids[1], ARRAY[n]) END;
+        END IF;
     END LOOP;
     RETURN all_converted;
 END
@@ -192,28 +203,34 @@ BEGIN
 END
 $$;
 
--- Locks what nobody else has locked, and writes it. The UPDATE runs under the caller's search_path and trigger setting:
--- triggers of the table may rely on them.
+-- Writes the rows that did not change since they were read. With `lock_first` it takes only what nobody else has locked;
+-- without, which is faster, a row that somebody has locked makes it fail soon (55P03).
+--
+-- The UPDATE runs under the caller's search_path and trigger setting: triggers of the table may rely on them.
 CREATE FUNCTION vod_tender_crypto.job_update(
     j vod_tender_crypto.job, plan vod_tender_crypto.job_plan, tids tid[], xmins xid[], texts text[], bytes bytea[],
-    writable boolean[], kek_ids text[], aads text[], caller_path text, OUT written bigint, OUT skipped bigint
-)
+    writable boolean[], kek_ids text[], aads text[], caller_path text, lock_first boolean
+) RETURNS bigint
     LANGUAGE plpgsql VOLATILE
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     mine boolean[] := job_update.writable;
     locked bigint[];
+    written bigint;
     same boolean;
     role_before text := current_setting('session_replication_role');
+    timeout_before text := current_setting('lock_timeout');
     statement text := (job_update.plan).write_sql;
 BEGIN
-    EXECUTE (job_update.plan).lock_sql INTO locked USING job_update.tids, job_update.xmins;
-    skipped := 0;
-    IF coalesce(cardinality(locked), 0) < cardinality(job_update.tids) THEN
-        SELECT array_agg(m.may AND l.place IS NOT NULL ORDER BY m.place), count(*) FILTER (WHERE m.may AND l.place IS NULL)
-        INTO mine, skipped
-        FROM unnest(job_update.writable) WITH ORDINALITY m(may, place) LEFT JOIN unnest(locked) l(place) USING (place);
+    IF job_update.lock_first THEN
+        EXECUTE (job_update.plan).lock_sql INTO locked USING job_update.tids, job_update.xmins;
+        IF coalesce(cardinality(locked), 0) < cardinality(job_update.tids) THEN
+            SELECT array_agg(m.may AND l.place IS NOT NULL ORDER BY m.place) INTO mine
+            FROM unnest(job_update.writable) WITH ORDINALITY m(may, place) LEFT JOIN unnest(locked) l(place) USING (place);
+        END IF;
+    ELSE
+        PERFORM set_config('lock_timeout', '20ms', true);
     END IF;
     IF (job_update.j).triggers = 'skip' THEN
         PERFORM set_config('session_replication_role', 'replica', true);
@@ -223,6 +240,7 @@ BEGIN
     EXECUTE statement INTO written, same
         USING job_update.tids, job_update.xmins, job_update.texts, job_update.bytes, mine, job_update.kek_ids, job_update.aads;
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    PERFORM set_config('lock_timeout', timeout_before, true);
     IF (job_update.j).triggers = 'skip' THEN
         PERFORM set_config('session_replication_role', role_before, true);
     END IF;
@@ -232,6 +250,7 @@ BEGIN
             DETAIL = 'The batch was not written.',
             HINT = 'Pass triggers => ''skip'' to write without triggers (this takes the right to set session_replication_role), or make the trigger ignore the job.';
     END IF;
+    RETURN written;
 END
 $$;
 
@@ -247,11 +266,10 @@ DECLARE
     columns integer := cardinality((job_write.plan).columns);
     writable boolean[] := array_fill(true, ARRAY[n]);
     failure record;
-    outcome record;
     written bigint := 0;
-    skipped bigint := 0;
     code text;
-    lost boolean := false;
+    one_by_one boolean := false;
+    lock_first boolean := false;
 BEGIN
     IF NOT (job_write.j).dry_run THEN
         -- Rows are named by their place. The lock keeps the table from being rewritten, and the file says whether it
@@ -273,24 +291,29 @@ BEGIN
     IF (job_write.j).dry_run THEN
         written := (SELECT count(*) FROM unnest(writable) w WHERE w);
     ELSE
-        BEGIN
-            SELECT u.written, u.skipped INTO outcome FROM vod_tender_crypto.job_update(job_write.j, job_write.plan,
-                job_write.tids, job_write.xmins, job_write.texts, job_write.bytes, writable, job_write.kek_ids,
-                job_write.aads, job_write.caller_path) u;
-            written := outcome.written;
-            skipped := outcome.skipped;
-        EXCEPTION WHEN OTHERS THEN
-            IF NOT vod_tender_crypto.concerns_one_row(SQLSTATE) THEN
-                RAISE;
-            END IF;
-            lost := true;
-        END;
+        LOOP
+            BEGIN
+                written := vod_tender_crypto.job_update(job_write.j, job_write.plan, job_write.tids, job_write.xmins,
+                    job_write.texts, job_write.bytes, writable, job_write.kek_ids, job_write.aads, job_write.caller_path,
+                    lock_first);
+                EXIT;
+            EXCEPTION WHEN OTHERS THEN
+                IF NOT lock_first AND SQLSTATE IN ('55P03', '40P01') THEN
+                    lock_first := true;
+                ELSIF vod_tender_crypto.concerns_one_row(SQLSTATE) THEN
+                    one_by_one := true;
+                ELSE
+                    RAISE;
+                END IF;
+            END;
+            EXIT WHEN one_by_one;
+        END LOOP;
     END IF;
-    IF lost THEN
+    IF one_by_one THEN
         -- One row of the batch cannot be written: find it.
         FOR row_at IN 1 .. n LOOP
             BEGIN
-                SELECT u.written, u.skipped INTO outcome FROM vod_tender_crypto.job_update(job_write.j, job_write.plan,
+                written := written + vod_tender_crypto.job_update(job_write.j, job_write.plan,
                     job_write.tids[row_at : row_at], job_write.xmins[row_at : row_at],
                     ARRAY(SELECT job_write.texts[row_at + n * c] FROM generate_series(0, (job_write.plan).text_columns - 1) c),
                     ARRAY(SELECT job_write.bytes[row_at + n * c]
@@ -298,9 +321,7 @@ BEGIN
                     writable[row_at : row_at],
                     ARRAY(SELECT job_write.kek_ids[row_at + n * c] FROM generate_series(0, columns - 1) c),
                     ARRAY(SELECT job_write.aads[row_at + n * c] FROM generate_series(0, columns - 1) c),
-                    job_write.caller_path) u;
-                written := written + outcome.written;
-                skipped := skipped + outcome.skipped;
+                    job_write.caller_path, true);
             EXCEPTION WHEN OTHERS THEN
                 IF NOT vod_tender_crypto.concerns_one_row(SQLSTATE) THEN
                     RAISE;
@@ -313,8 +334,8 @@ BEGIN
     END IF;
     j.rows_done := j.rows_done + written;
     j.run_rows_done := j.run_rows_done + written;
-    j.rows_skipped := j.rows_skipped + skipped;
-    IF lost OR job_write.failed IS NOT NULL THEN
+    j.rows_skipped := j.rows_skipped + (SELECT count(*) FROM unnest(writable) w WHERE w) - written;
+    IF one_by_one OR job_write.failed IS NOT NULL THEN
         j.rows_failed := vod_tender_crypto.job_count_failed(j);
     END IF;
     PERFORM vod_tender_crypto.job_note(j);

@@ -118,7 +118,7 @@ $$;
 CREATE PROCEDURE vod_tender_crypto.migrate(
     target regclass, columns name[] DEFAULT NULL, key text DEFAULT NULL, context jsonb DEFAULT NULL,
     aad text DEFAULT NULL, set_columns jsonb DEFAULT NULL, where_clause text DEFAULT NULL,
-    batch_size integer DEFAULT 1000, max_rows_per_second integer DEFAULT NULL, percent numeric DEFAULT 100,
+    batch_size integer DEFAULT 2000, max_rows_per_second integer DEFAULT NULL, percent numeric DEFAULT 100,
     dry_run boolean DEFAULT false, version text DEFAULT NULL, max_errors integer DEFAULT 100,
     triggers text DEFAULT 'fire', check_wraps boolean DEFAULT true, INOUT job bigint DEFAULT NULL
 )
@@ -138,7 +138,7 @@ COMMENT ON PROCEDURE vod_tender_crypto.migrate(regclass, name[], text, jsonb, te
 
 CREATE PROCEDURE vod_tender_crypto.rewrap_table(
     target regclass, columns name[] DEFAULT NULL, key text DEFAULT NULL, set_columns jsonb DEFAULT NULL,
-    where_clause text DEFAULT NULL, batch_size integer DEFAULT 1000, max_rows_per_second integer DEFAULT NULL,
+    where_clause text DEFAULT NULL, batch_size integer DEFAULT 2000, max_rows_per_second integer DEFAULT NULL,
     percent numeric DEFAULT 100, dry_run boolean DEFAULT false, max_errors integer DEFAULT 100,
     triggers text DEFAULT 'fire', check_wraps boolean DEFAULT true, INOUT job bigint DEFAULT NULL
 )
@@ -158,7 +158,7 @@ COMMENT ON PROCEDURE vod_tender_crypto.rewrap_table(regclass, name[], text, json
 
 CREATE PROCEDURE vod_tender_crypto.downgrade(
     target regclass, columns name[] DEFAULT NULL, aad text DEFAULT NULL, set_columns jsonb DEFAULT NULL,
-    where_clause text DEFAULT NULL, batch_size integer DEFAULT 1000, max_rows_per_second integer DEFAULT NULL,
+    where_clause text DEFAULT NULL, batch_size integer DEFAULT 2000, max_rows_per_second integer DEFAULT NULL,
     percent numeric DEFAULT 100, dry_run boolean DEFAULT false, max_errors integer DEFAULT 100,
     triggers text DEFAULT 'fire', INOUT job bigint DEFAULT NULL
 )

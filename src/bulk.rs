@@ -10,7 +10,6 @@ mod vod_tender_crypto {
     use pgrx::prelude::*;
     use pgrx::{Array, default};
     use vod_tender_core::Error;
-    use vod_tender_core::info::stored_under;
     use vod_tender_core::session::{BulkOperation, BulkTask};
     use vod_tender_core::stored::{Kind, Value, head};
 
@@ -23,7 +22,7 @@ mod vod_tender_crypto {
     use crate::row_expression::{self, Purpose};
 
     /// One batch of a column: the new values (NULL where nothing is to be written), the SQLSTATE of what failed
-    /// (no array when nothing did), and the KEK id of what is under a new one. Raises when it is not a value's fault.
+    /// (no array when nothing did), and the KEK ids of what is under a new one (one element when all are the same). Raises when it is not a value's fault.
     #[allow(clippy::too_many_arguments, clippy::type_complexity)]
     #[pg_extern(name = "convert_batch", volatile, parallel_restricted)]
     fn convert_batch_text<'a>(
@@ -121,6 +120,11 @@ mod vod_tender_crypto {
                 kek_ids.push(kek_id);
             }
             let any_failed = failed.iter().any(Option::is_some);
+            let mut known = kek_ids.iter().flatten();
+            let first = known.next();
+            if known.all(|kek_id| Some(kek_id) == first) {
+                kek_ids = vec![first.cloned()];
+            }
             (converted, any_failed.then_some(failed), kek_ids)
         }
     }
@@ -251,6 +255,30 @@ mod vod_tender_crypto {
         TableIterator::once(found.unwrap_or_else(|error| raise(&error, Kind::Text)))
     }
 
+    /// Has the key service make, together, the DEKs that the next `needed` values of a job will be encrypted under; when
+    /// it has to be asked at all, for `wanted` values.
+    #[pg_extern(volatile, parallel_restricted)]
+    fn prepare_keys(
+        operation: TextIn<'_>,
+        needed: i64,
+        wanted: i64,
+        key: Option<TextIn<'_>>,
+        context: Option<ContextIn>,
+        check_wraps: bool,
+    ) {
+        let task = BulkTask {
+            operation: named(&operation),
+            key: key.as_ref().map(TextIn::as_str),
+            context: context.as_ref().map(ContextIn::context),
+            check_wraps,
+        };
+        if task.operation == BulkOperation::Migrate {
+            let count = |values: i64| u64::try_from(values).unwrap_or_default();
+            backend::with(|session, run| session.make_deks_ahead(run, task, count(needed), count(wanted)))
+                .unwrap_or_else(|error| raise(&error, Kind::Text));
+        }
+    }
+
     /// What a stored value is under, as a label to group by: `{"version": 2, "wraps": [["KEY", "KEK ID"]]}`. NULL for
     /// what holds nothing; version NULL for what claims to be an envelope and is malformed. Calls no key service.
     #[pg_extern(name = "stored_under", stable, parallel_restricted)]
@@ -273,7 +301,7 @@ mod vod_tender_crypto {
         if value.bytes().is_empty() {
             return None;
         }
-        let under = backend::with(|session, run| stored_under(value, || session.version(run, value)));
+        let under = backend::with(|session, run| session.stored_under(run, value));
         let under = under.unwrap_or_else(|error| raise(&error, value.kind()));
         Some(serde_json::to_string(&under).unwrap_or_default())
     }

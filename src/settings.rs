@@ -48,6 +48,7 @@ static KMS_CONNECT_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(2_000);
 static KMS_ATTEMPT_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(5_000);
 static KMS_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(15_000);
 static KMS_MAX_ATTEMPTS: GucSetting<i32> = GucSetting::<i32>::new(4);
+static KMS_CONCURRENCY: GucSetting<i32> = GucSetting::<i32>::new(32);
 static KMS_RETRY_BACKOFF: GucSetting<i32> = GucSetting::<i32>::new(200);
 
 /// Set whenever a setting changed, also by a rollback.
@@ -82,6 +83,7 @@ pub fn policy() -> Policy {
             max_bytes: positive(&DEK_MAX_BYTES) * 1024,
             cache_entries: positive(&DEK_CACHE_ENTRIES) as usize,
         },
+        concurrency: positive(&KMS_CONCURRENCY) as usize,
     }
 }
 
@@ -216,6 +218,13 @@ pub fn define() {
             c"Attempts of a call to a key service, the first one included.",
             &KMS_MAX_ATTEMPTS,
             1..=20,
+            none,
+        ),
+        (
+            c"vod_tender_crypto.kms_concurrency",
+            c"Calls to a key service that one session has under way at a time.",
+            &KMS_CONCURRENCY,
+            1..=256,
             none,
         ),
         (

@@ -1,5 +1,6 @@
 //! The session's DEKs: bounded in number, age, uses and bytes; overwritten when they go.
 
+use std::collections::VecDeque;
 use std::num::NonZeroUsize;
 use std::rc::Rc;
 
@@ -182,9 +183,9 @@ impl SealingKey {
     }
 }
 
-/// DEKs for encrypting, by KEK and the caller's context.
+/// DEKs for encrypting, by KEK and the caller's context. Of each several may be ready; they are used one after the other.
 pub struct SealingCache {
-    entries: LruCache<Box<[u8]>, SealingKey>,
+    entries: LruCache<Box<[u8]>, VecDeque<SealingKey>>,
     name: Vec<u8>,
 }
 
@@ -204,35 +205,55 @@ impl SealingCache {
         limits: &Limits,
     ) -> Option<&mut SealingKey> {
         Self::write_name(&mut self.name, kek, context);
-        let usable = self.entries.peek(self.name.as_slice())?.can_take(bytes, now_ms, limits);
-        if !usable {
-            self.entries.pop(self.name.as_slice());
-            return None;
+        let keys = self.entries.get_mut(self.name.as_slice())?;
+        while keys.front().is_some_and(|key| !key.can_take(bytes, now_ms, limits)) {
+            keys.pop_front();
         }
-        self.entries.get_mut(self.name.as_slice())
+        keys.front_mut()
+    }
+
+    /// How many small values the keys at hand can take.
+    pub fn ready_for(&mut self, kek: &str, context: &Context, now_ms: u64, limits: &Limits) -> u64 {
+        Self::write_name(&mut self.name, kek, context);
+        let keys = self.entries.peek(self.name.as_slice()).into_iter().flatten();
+        let usable = keys.filter(|key| key.can_take(0, now_ms, limits));
+        usable.map(|key| limits.max_uses.min(DEK_USES_CAP) - key.uses).sum()
     }
 
     /// Keeps a fresh key.
     pub fn put(&mut self, kek: &str, context: &Context, key: SealingKey, limits: &Limits) {
         Self::write_name(&mut self.name, kek, context);
+        if let Some(keys) = self.entries.get_mut(self.name.as_slice()) {
+            keys.push_back(key);
+            return;
+        }
         let capacity = NonZeroUsize::new(limits.cache_entries).unwrap_or(NonZeroUsize::MIN);
         while self.entries.len() >= capacity.get() {
             self.entries.pop_lru();
         }
-        self.entries.put(self.name.as_slice().into(), key);
+        self.entries.put(self.name.as_slice().into(), VecDeque::from([key]));
     }
 
     /// Drops what is too old; gives whether anything was.
     pub fn expire(&mut self, now_ms: u64, limits: &Limits) -> bool {
-        let before = self.entries.len();
-        self.entries.retain(|_, key| is_young(key.born_ms, now_ms, limits));
-        before > self.entries.len()
+        self.keep(|key| is_young(key.born_ms, now_ms, limits))
     }
 
     /// Drops what `keyring` no longer allows to encrypt with.
     pub fn retain(&mut self, keyring: &Keyring) {
-        self.entries
-            .retain(|_, key| key.kek.still_opens(keyring) && keyring.for_encrypting(Some(&key.kek.name)).is_ok());
+        self.keep(|key| key.kek.still_opens(keyring) && keyring.for_encrypting(Some(&key.kek.name)).is_ok());
+    }
+
+    /// Drops all other keys; gives whether anything was dropped.
+    fn keep(&mut self, wanted: impl Fn(&SealingKey) -> bool) -> bool {
+        let mut dropped = false;
+        self.entries.retain(|_, keys| {
+            let before = keys.len();
+            keys.retain(&wanted);
+            dropped |= keys.len() < before;
+            !keys.is_empty()
+        });
+        dropped
     }
 
     /// Drops everything.

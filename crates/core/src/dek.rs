@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use subtle::ConstantTimeEq;
 use vod_tender_secret_memory::Locked;
 
 /// Bytes in a key.
@@ -29,6 +30,11 @@ impl Dek {
     /// The secret bytes. Obligation: feed them to a key derivation, a cipher or a wrapping, and copy them nowhere.
     pub fn expose(&self) -> &[u8; KEY_BYTES] {
         &self.0
+    }
+
+    /// Whether both are the same key; in constant time.
+    pub fn is_same(&self, other: &Dek) -> bool {
+        self.expose().ct_eq(other.expose()).into()
     }
 }
 

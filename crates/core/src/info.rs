@@ -65,20 +65,6 @@ pub struct StoredUnder {
     pub wraps: Vec<(Option<String>, Option<String>)>,
 }
 
-/// What a stored value needs; `version` tells 0 and 1 apart and is asked only for what is not version 2.
-pub fn stored_under(value: Value<'_>, version: impl FnOnce() -> Result<i32>) -> Result<StoredUnder> {
-    Ok(match Stored::parse(value) {
-        Err(_) => StoredUnder { version: None, wraps: Vec::new() },
-        Ok(Stored::Other(_)) => StoredUnder { version: Some(version()?), wraps: Vec::new() },
-        Ok(Stored::Literal { .. }) => StoredUnder { version: Some(2), wraps: vec![(None, None)] },
-        Ok(Stored::Envelope { header, .. }) => {
-            let header = Header::parse(&header)?;
-            let name = |wrap: &Wrap<'_>| (Some(wrap.key_name.to_owned()), Some(wrap.kek_id.to_owned()));
-            StoredUnder { version: Some(2), wraps: header.wraps.iter().map(name).collect() }
-        }
-    })
-}
-
 fn describe_header(header: &Header<'_>) -> EnvelopeInfo {
     debug_assert_eq!(header.bytes[4], SUITE);
     let wraps: Vec<_> = header.wraps.iter().map(describe_wrap).collect();

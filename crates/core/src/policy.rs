@@ -53,7 +53,7 @@ impl Default for Limits {
 }
 
 /// All policies that an operation follows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
     /// How plaintext is treated.
     pub plaintext_reads: PlaintextReads,
@@ -61,4 +61,17 @@ pub struct Policy {
     pub write_format: WriteFormat,
     /// How DEKs are used.
     pub limits: Limits,
+    /// Calls to a key service that one session has under way at a time, at least 1.
+    pub concurrency: usize,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Policy {
+            plaintext_reads: PlaintextReads::default(),
+            write_format: WriteFormat::default(),
+            limits: Limits::default(),
+            concurrency: 32,
+        }
+    }
 }

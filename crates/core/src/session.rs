@@ -1,9 +1,11 @@
 //! One session's encrypting and decrypting: finds the DEK in the cache or asks the key service, and opens or seals.
 
+mod ahead;
 mod bulk;
 mod convert;
 mod decrypt;
 mod encrypt;
+mod heads;
 mod rewrap;
 #[cfg(test)]
 mod tests;
@@ -21,6 +23,7 @@ use crate::random::SessionRandom;
 use crate::stats::SessionStats;
 
 use bulk::Assured;
+use heads::Heads;
 use rewrap::RewrapMemo;
 use vod_tender_secret_memory::burn_stack;
 
@@ -34,6 +37,7 @@ pub struct Session {
     sealing: SealingCache,
     rewraps: RewrapMemo,
     assured: Assured,
+    heads: Heads,
     stats: SessionStats,
     /// Associated data of the value at hand: header prefix and aad, one behind the other.
     associated: Vec<u8>,
@@ -88,6 +92,7 @@ impl Session {
             sealing: SealingCache::new(),
             rewraps: RewrapMemo::default(),
             assured: Assured::default(),
+            heads: Heads::default(),
             stats: SessionStats::default(),
             associated: Vec::new(),
             sealed: Vec::new(),

@@ -1,16 +1,16 @@
 //! What the bulk jobs do with each stored value, and what may be said of it without a key service.
 
-use std::num::NonZeroUsize;
-
 use lru::LruCache;
 use zeroize::Zeroizing;
 
 use crate::context::Context;
 use crate::envelope::Header;
 use crate::error::{Error, Mismatch, Result};
-use crate::policy::PlaintextReads;
+use crate::info::StoredUnder;
+use crate::policy::{Limits, PlaintextReads};
 use crate::provider::{Fault, Wait, WrappedRef};
 use crate::session::decrypt::unwrap_one;
+use crate::session::heads::Form;
 use crate::session::{Reading, Run, Sealing, Session};
 use crate::sink::Sink;
 use crate::stored::{Stored, Value, direct_shape, head};
@@ -69,6 +69,16 @@ impl Default for Assured {
     }
 }
 
+impl Assured {
+    /// Notes what is known of a header, by the name that it is looked up by: what [`head`] gives.
+    pub(super) fn put(&mut self, name: &[u8], kek_id: &str, checked: bool, limits: &Limits) {
+        while self.0.len() >= limits.cache_entries.max(1) {
+            self.0.pop_lru();
+        }
+        self.0.put(name.into(), Under { kek_id: kek_id.to_owned(), checked });
+    }
+}
+
 impl Session {
     /// Does the job's work on one value. Gives whether `sink` holds a new value; what needs none is not copied.
     pub fn convert<W: Wait>(
@@ -114,27 +124,41 @@ impl Session {
     /// Whether the operation has something to do with a value. `newest` is what [`Session::newest_kek_id`] found.
     /// What claims to be an envelope and is malformed is due: it will be reported.
     pub fn is_due<W>(
-        &self,
+        &mut self,
         run: &Run<'_, W>,
         operation: BulkOperation,
         value: Value<'_>,
         key: Option<&str>,
         newest: Option<&str>,
     ) -> Result<bool> {
-        let stored = Stored::parse(value);
-        Ok(match (operation, stored) {
-            (_, Err(_)) | (BulkOperation::Verify, _) => true,
-            (BulkOperation::Migrate, Ok(stored)) => matches!(stored, Stored::Other(_)) && !value.bytes().is_empty(),
-            (BulkOperation::Downgrade, Ok(stored)) => !matches!(stored, Stored::Other(_)),
-            (BulkOperation::Rewrap, Ok(Stored::Other(_))) => false,
-            (BulkOperation::Rewrap, Ok(Stored::Literal { .. })) => true,
-            (BulkOperation::Rewrap, Ok(Stored::Envelope { header, .. })) => {
+        if operation == BulkOperation::Verify {
+            return Ok(true);
+        }
+        let Ok(form) = self.heads.form(value, &run.policy.limits) else { return Ok(true) };
+        Ok(match (operation, form) {
+            (BulkOperation::Migrate, Form::Other) => !value.bytes().is_empty(),
+            (BulkOperation::Migrate, _) => false,
+            (BulkOperation::Rewrap, Form::Envelope(wraps)) => {
                 let target = run.keyring.for_encrypting(key)?;
-                let header = Header::parse(&header)?;
-                let own = header.wraps.iter().find(|wrap| wrap.key_name == target.name);
-                let is_current = |kek_id| target.provider.is_current(kek_id).unwrap_or(newest == Some(kek_id));
-                !own.is_some_and(|own| is_current(own.kek_id))
+                let is_current = |kek_id: &str| target.provider.is_current(kek_id).unwrap_or(newest == Some(kek_id));
+                !wraps.iter().any(|(name, kek_id)| *name == target.name && is_current(kek_id))
             }
+            (_, form) => !matches!(form, Form::Other),
+        })
+    }
+
+    /// What a stored value needs to be opened.
+    pub fn stored_under<W>(&mut self, run: &Run<'_, W>, value: Value<'_>) -> Result<StoredUnder> {
+        let Ok(form) = self.heads.form(value, &run.policy.limits) else {
+            return Ok(StoredUnder { version: None, wraps: Vec::new() });
+        };
+        Ok(match form {
+            Form::Envelope(wraps) => StoredUnder {
+                version: Some(2),
+                wraps: wraps.iter().map(|(key, kek_id)| (Some(key.clone()), Some(kek_id.clone()))).collect(),
+            },
+            Form::Literal => StoredUnder { version: Some(2), wraps: vec![(None, None)] },
+            Form::Other => StoredUnder { version: Some(self.version(run, value)?), wraps: Vec::new() },
         })
     }
 
@@ -183,12 +207,7 @@ impl Session {
             let wrapped = WrappedRef { kek_id: Some(wrap.kek_id), bytes: wrap.wrapped_dek };
             unwrap_one(run, wrap.key_name, wrapped, &parsed)?;
         }
-        let capacity = NonZeroUsize::new(run.policy.limits.cache_entries).unwrap_or(NonZeroUsize::MIN);
-        while self.assured.0.len() >= capacity.get() {
-            self.assured.0.pop_lru();
-        }
-        let under = Under { kek_id: wrap.kek_id.to_owned(), checked: task.check_wraps };
-        self.assured.0.put(head.into(), under);
+        self.assured.put(head, wrap.kek_id, task.check_wraps, &run.policy.limits);
         Ok(Some(wrap.kek_id.to_owned()))
     }
 }

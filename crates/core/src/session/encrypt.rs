@@ -5,11 +5,12 @@ use std::rc::Rc;
 use crate::armor;
 use crate::cache::{KekIdentity, OpenedKey, SealingKey};
 use crate::context::Context;
+use crate::dek::Dek;
 use crate::envelope::{PAYLOAD_OVERHEAD, Wrap, bound_prefix, write_header};
 use crate::error::{Error, Result};
 use crate::keyring::Kek;
 use crate::policy::WriteFormat;
-use crate::provider::Wait;
+use crate::provider::{Wait, WrappedDek};
 use crate::seal::{Derived, write_payload};
 use crate::session::{Run, Session, bind, resize};
 use crate::sink::Sink;
@@ -122,6 +123,19 @@ impl Session {
     ) -> Result<SealingKey> {
         let context = kek.context.with(own_context)?;
         let (dek, wrapped) = run.call(kek, kek.provider.generate(&context))?;
+        self.sealing_key(run, kek, context, dek, &wrapped, now_ms)
+    }
+
+    /// What encrypts with a fresh DEK; the session can open what it seals.
+    pub(super) fn sealing_key<W>(
+        &mut self,
+        run: &Run<'_, W>,
+        kek: &Kek,
+        context: Context,
+        dek: Dek,
+        wrapped: &WrappedDek,
+        now_ms: u64,
+    ) -> Result<SealingKey> {
         let derived = Derived::from_dek(&dek);
         drop(dek);
         let wraps = [Wrap { key_name: &kek.name, kek_id: &wrapped.kek_id, wrapped_dek: &wrapped.bytes }];

@@ -1,30 +1,18 @@
--- What a job runs on one relation: statements written once for the whole job, from checked expressions and quoted names.
+-- What a job runs on one relation: statements written once for a pass over it, from checked expressions and quoted names.
 SET LOCAL search_path = pg_catalog, pg_temp;
 
 CREATE TYPE vod_tender_crypto.job_plan AS (
-    columns      name[],     -- the job's columns, those of type text first
-    text_columns integer,    -- how many of them are text
-    aad_given    boolean[],  -- which of them have an aad
-    uses_kek_id  boolean,    -- whether the new KEK id is written beside the values
-    read_sql     text,       -- $1, $2 first place and the one behind the last, $3 most rows -> job_batch
-    lock_sql     text,       -- $1 ctids, $2 xmins -> places in the arrays of the rows that are locked now
-    write_sql    text,       -- $1 to $7 as job_update passes them -> rows written, whether they are as meant
-    count_sql    text,       -- -> rows that are due
-    key_sql      text        -- $1 ctid, $2 xmin -> the row's key as jsonb
-);
-CREATE TYPE vod_tender_crypto.job_batch AS (
-    tids     tid[],
-    xmins    xid[],
-    texts    text[],         -- rows of the first text column, then of the second, ...
-    bytes    bytea[],
-    aads     text[],         -- rows of the first column of the plan, then of the second, ...
-    versions integer[]
-);
-CREATE TYPE vod_tender_crypto.job_converted AS (
-    texts    text[],
-    bytes    bytea[],
-    failed   text[],         -- SQLSTATE, in the order of job_batch.aads; NULL when nothing failed
-    kek_ids  text[]          -- in the order of job_batch.aads
+    columns   integer, -- how many
+    look_sql  text,    -- $1, $2 first place and the one behind the last, $3 most rows
+                       -- -> rows that are due, the last one's place, the heads of their values
+    lock_sql  text,    -- $1, $2 first and last place -> places of due rows that nobody else has locked: now they are
+    rows_sql  text,    -- $1, $2 first and last place -> places of due rows
+    write_sql text,    -- $1, $2 first and last place, $3 which of the rows between (NULL: all)
+                       -- -> rows written, whether they are as meant
+    try_sql   text,    -- $1, $2 first and last place -> rows that would be written
+    fail_sql  text,    -- $1, $2 first and last place -> key, column and SQLSTATE of what cannot be converted
+    key_sql   text,    -- $1 place -> the row's key as jsonb
+    count_sql text     -- -> rows that are due
 );
 
 CREATE FUNCTION vod_tender_crypto.primary_key(relation regclass) RETURNS name[]
@@ -73,7 +61,7 @@ BEGIN
         END IF;
         literal := quote_nullable(replace(item.value, '{key}', coalesce((bookkeeping.j).key, '')));
         items := items || CASE WHEN strpos(item.value, '{kek_id}') > 0
-            THEN format('%I = CAST(replace(%s, ''{kek_id}'', coalesce({kek_ids})) AS %s)', item.column_name, literal, attribute.type)
+            THEN format('%I = CAST(replace(%s, ''{kek_id}'', l.kek_id) AS %s)', item.column_name, literal, attribute.type)
             ELSE format('%I = CAST(%s AS %s)', item.column_name, literal, attribute.type) END;
     END LOOP;
     RETURN items;
@@ -119,115 +107,100 @@ CREATE FUNCTION vod_tender_crypto.plan_job(j vod_tender_crypto.job, relation reg
 AS $$
 DECLARE
     plan vod_tender_crypto.job_plan;
+    table_name text := plan_job.relation::text;
     due text := vod_tender_crypto.due_expression(plan_job.j, plan_job.relation);
     set_items text[] := vod_tender_crypto.bookkeeping(plan_job.j, plan_job.relation);
     -- What an aad must not be made of.
     changed text[] := (plan_job.j).columns::text[] || ARRAY(SELECT jsonb_object_keys((plan_job.j).set_columns));
-    -- A trigger may change what the job leaves alone.
+    -- A trigger may change what the job writes, or leaves alone.
     guarded boolean := EXISTS (
         SELECT FROM pg_trigger g
         WHERE g.tgrelid = plan_job.relation AND NOT g.tgisinternal
           AND g.tgenabled IN ('A', CASE (plan_job.j).triggers WHEN 'fire' THEN 'O' ELSE 'R' END::"char")
           AND g.tgtype & 1 = 1 AND g.tgtype & 2 = 2 AND g.tgtype & 16 = 16);
-    col record;
-    slice text;
-    read_items text := '';
-    texts text; bytes text; aads text;
-    batch_names text := ''; batch_arrays text := ''; some_new text; same text; kek_ids text;
     version text := 'NULL::integer';
-    relation_name text := plan_job.relation::text;
+    needs_heads boolean := (plan_job.j).operation <> 'migrate';
+    col record;
+    aad text;
+    stored text;
+    arguments text;
+    head_items text := ''; heads text; new_items text := ''; fine text; kek_ids text; same text; errors text := ''; error_rows text;
 BEGIN
-    plan.uses_kek_id := strpos((plan_job.j).set_columns::text, '{kek_id}') > 0;
     IF (plan_job.j).version IS NOT NULL THEN
         version := vod_tender_crypto.row_expression(plan_job.relation, (plan_job.j).version, 'version', NULL, '{}');
     END IF;
+    plan.columns := cardinality((plan_job.j).columns);
     FOR col IN
-        SELECT c.column_name, a.atttypid = 'bytea'::regtype AS is_bytea, (plan_job.j).aads[c.place] AS aad,
-               row_number() OVER byte_order - 1 AS at,
-               row_number() OVER (PARTITION BY a.atttypid = 'bytea'::regtype ORDER BY c.place) - 1 AS at_in_type
+        SELECT c.column_name, c.place AS at, a.atttypid = 'bytea'::regtype AS is_bytea, (plan_job.j).aads[c.place] AS aad
         FROM unnest((plan_job.j).columns) WITH ORDINALITY c(column_name, place)
         JOIN pg_attribute a ON a.attrelid = plan_job.relation AND a.attname = c.column_name
-        WINDOW byte_order AS (ORDER BY a.atttypid = 'bytea'::regtype, c.place)
-        ORDER BY at
+        ORDER BY c.place
     LOOP
-        plan.columns := plan.columns || col.column_name;
-        plan.aad_given := plan.aad_given || (col.aad IS NOT NULL);
-        plan.text_columns := coalesce(plan.text_columns, 0) + (NOT col.is_bytea)::integer;
+        stored := format('t.%I%s', col.column_name, CASE WHEN col.is_bytea THEN '' ELSE '::text' END);
+        aad := 'NULL::text';
         IF col.aad IS NOT NULL THEN
-            col.aad := vod_tender_crypto.row_expression(plan_job.relation, col.aad, 'aad', col.column_name, changed);
+            aad := vod_tender_crypto.row_expression(plan_job.relation, col.aad, 'aad', col.column_name, changed);
         END IF;
-        read_items := read_items || format(', t.%I%s AS v%s, %s AS a%s', col.column_name,
-            CASE WHEN col.is_bytea THEN '' ELSE '::text' END, col.at, coalesce(col.aad, 'NULL::text'), col.at);
-        IF col.is_bytea THEN
-            bytes := concat_ws(' || ', bytes, format('array_agg(b.v%s)', col.at));
-        ELSE
-            texts := concat_ws(' || ', texts, format('array_agg(b.v%s)', col.at));
-        END IF;
-        aads := concat_ws(' || ', aads, format('array_agg(b.a%s)', col.at));
-        -- Each column's part of the arrays, which hold one column after the other.
-        slice := format('[%1$s * cardinality($1) + 1 : (%1$s + 1) * cardinality($1)]', col.at);
-        batch_names := batch_names || format(', n%s', col.at);
-        batch_arrays := batch_arrays || format(', ($%s)[%3$s * cardinality($1) + 1 : (%3$s + 1) * cardinality($1)]',
-            CASE WHEN col.is_bytea THEN 4 ELSE 3 END, NULL, col.at_in_type);
-        some_new := concat_ws(' OR ', some_new, format('l.n%s IS NOT NULL', col.at));
-        set_items := set_items || format('%1$I = coalesce(l.n%2$s, t.%1$I)', col.column_name, col.at);
-        IF plan.uses_kek_id THEN
-            batch_names := batch_names || format(', k%s', col.at);
-            batch_arrays := batch_arrays || format(', ($6)%s', slice);
-            kek_ids := concat_ws(', ', kek_ids, format('l.k%s', col.at));
-        END IF;
+        arguments := format('%L, %s, %s, %L::boolean, %s, %L::text, %L::jsonb, %L::boolean', (plan_job.j).operation, stored, aad,
+            col.aad IS NOT NULL, version, (plan_job.j).key, (plan_job.j).context, (plan_job.j).check_wraps);
+        head_items := head_items || format(', vod_tender_crypto.needed_head(%s) AS h%s', stored, col.at);
+        heads := concat_ws(' || ', heads, format('array_agg(DISTINCT b.h%s)', col.at));
+        new_items := new_items || format(', vod_tender_crypto.convert_value(%s) AS n%s, %s IS NULL AS z%2$s, %s AS a%2$s',
+            arguments, col.at, stored, CASE WHEN guarded THEN aad ELSE 'NULL::text' END);
+        fine := concat_ws(' AND ', fine, format('(l.z%1$s OR l.n%1$s IS NOT NULL)', col.at));
+        kek_ids := concat_ws(', ', kek_ids, format('vod_tender_crypto.kek_id(b.n%s, %L)', col.at, (plan_job.j).key));
+        set_items := set_items || format('%I = l.n%s', col.column_name, col.at);
         IF guarded THEN
             -- What is stored must be what was made, under the aad that it was made with.
-            batch_names := batch_names || format(', a%s', col.at);
-            batch_arrays := batch_arrays || format(', ($7)%s', slice);
-            same := concat_ws(' AND ', same, format('(l.n%1$s IS NULL OR t.%2$I%3$s = l.n%1$s)', col.at, col.column_name,
-                CASE WHEN col.is_bytea THEN '' ELSE '::text COLLATE "C"' END));
-            IF col.aad IS NOT NULL THEN
-                same := same || format(' AND %s IS NOT DISTINCT FROM l.a%s', col.aad, col.at);
-            END IF;
+            same := concat_ws(' AND ', same, format('%s%s IS NOT DISTINCT FROM l.n%s AND %s IS NOT DISTINCT FROM l.a%s', stored,
+                CASE WHEN col.is_bytea THEN '' ELSE ' COLLATE "C"' END, col.at, aad, col.at));
         END IF;
+        errors := errors || format(', vod_tender_crypto.conversion_error(%s) AS e%s', arguments, col.at);
+        error_rows := concat_ws(', ', error_rows, format('(%L, b.e%s)', col.column_name, col.at));
     END LOOP;
-    IF plan.uses_kek_id THEN
-        set_items := ARRAY(SELECT replace(item, 'coalesce({kek_ids})', format('coalesce(%s)', kek_ids)) FROM unnest(set_items) item);
-    END IF;
 
-    plan.read_sql := format(
-        'SELECT array_agg(b.tid), array_agg(b.xmin), %s, %s, %s, %s
-         FROM (SELECT t.ctid AS tid, t.xmin AS xmin, %s AS version%s
-               FROM ONLY %s t
-               WHERE t.ctid >= $1 AND t.ctid < $2 AND %s
-               ORDER BY t.ctid LIMIT $3) b',
-        coalesce(texts, 'NULL::text[]'), coalesce(bytes, 'NULL::bytea[]'), aads,
-        CASE WHEN (plan_job.j).version IS NULL THEN 'NULL::integer[]' ELSE 'array_agg(b.version)' END,
-        version, read_items, relation_name, due);
-
-    -- A row that changed since it was read (its xmin is another) is left alone.
+    plan.look_sql := format(
+        'SELECT count(*), max(b.tid), %s
+         FROM (SELECT t.ctid AS tid%s FROM ONLY %s t
+               WHERE t.ctid >= $1 AND t.ctid < $2 AND %s ORDER BY t.ctid LIMIT $3) b',
+        CASE WHEN needs_heads THEN heads ELSE 'NULL::bytea[]' END, CASE WHEN needs_heads THEN head_items ELSE '' END,
+        table_name, due);
     plan.lock_sql := format(
-        'SELECT array_agg(l.place)
-         FROM (SELECT b.place
-               FROM unnest($1, $2) WITH ORDINALITY b(tid, xmin, place)
-               JOIN ONLY %s t ON t.ctid = b.tid AND t.xmin = b.xmin
-               FOR NO KEY UPDATE OF t SKIP LOCKED) l', relation_name);
+        'SELECT array_agg(b.tid) FROM (SELECT t.ctid AS tid FROM ONLY %s t
+         WHERE t.ctid >= $1 AND t.ctid <= $2 AND %s FOR NO KEY UPDATE SKIP LOCKED) b', table_name, due);
+    plan.rows_sql := format(
+        'SELECT array_agg(t.ctid) FROM ONLY %s t WHERE t.ctid >= $1 AND t.ctid <= $2 AND %s', table_name, due);
+    -- One statement reads, converts and writes a row, so that nothing comes between: of a row that somebody changes
+    -- meanwhile the xmin is another, and it is left alone.
     plan.write_sql := format(
         'WITH written AS (
              UPDATE ONLY %1$s t SET %2$s
-             FROM (SELECT b.*%3$s FROM unnest($1, $2, $5%4$s) AS b(tid, xmin, mine%5$s)%6$s) l
-             WHERE t.ctid = l.tid AND t.xmin = l.xmin AND l.mine AND (%7$s)
-             RETURNING %8$s AS same)
+             FROM (SELECT b.*%8$s
+                   FROM (SELECT t.ctid AS tid, t.xmin AS xmin%3$s%4$s FROM ONLY %1$s t
+                         WHERE t.ctid >= $1 AND t.ctid <= $2 AND ($3 IS NULL OR t.ctid = ANY ($3)) AND %5$s
+                         OFFSET 0) b
+                   OFFSET 0) l
+             WHERE t.ctid = l.tid AND t.xmin = l.xmin AND t.ctid >= $1 AND t.ctid <= $2 AND %6$s
+             RETURNING %7$s AS same)
          SELECT count(*), coalesce(bool_and(w.same), true) FROM written w',
-        relation_name, array_to_string(set_items, ', '), CASE WHEN guarded THEN ', o.whole' ELSE '' END,
-        batch_arrays, batch_names,
-        CASE WHEN guarded THEN format(
-            ', LATERAL (SELECT to_jsonb(o) AS whole FROM ONLY %s o WHERE o.ctid = b.tid OFFSET 0) o', relation_name)
-        ELSE '' END,
-        some_new,
+        table_name, array_to_string(set_items, ', '), new_items, CASE WHEN guarded THEN ', to_jsonb(t) AS whole' ELSE '' END,
+        due, fine,
         CASE WHEN guarded THEN same || format(' AND to_jsonb(t) - %1$L::text[] = l.whole - %1$L::text[]',
             changed || ARRAY(SELECT a.attname::text FROM pg_attribute a
-                             WHERE a.attrelid = plan_job.relation AND a.attgenerated <> '')) ELSE 'true' END);
-
-    plan.count_sql := format('SELECT count(*) FROM ONLY %s t WHERE %s', relation_name, due);
-    plan.key_sql := format('SELECT %s FROM ONLY %s t WHERE t.ctid = $1 AND t.xmin = $2',
-        vod_tender_crypto.key_expression(plan_job.relation), relation_name);
+                             WHERE a.attrelid = plan_job.relation AND a.attgenerated <> '')) ELSE 'true' END,
+        CASE WHEN strpos((plan_job.j).set_columns::text, '{kek_id}') > 0 THEN format(', coalesce(%s) AS kek_id', kek_ids) ELSE '' END);
+    plan.try_sql := format(
+        'SELECT count(*) FROM (SELECT t.ctid%s FROM ONLY %s t WHERE t.ctid >= $1 AND t.ctid <= $2 AND %s OFFSET 0) l WHERE %s',
+        new_items, table_name, due, fine);
+    plan.fail_sql := format(
+        'SELECT b.row_key, f.column_name, f.code
+         FROM (SELECT %s AS row_key%s FROM ONLY %s t WHERE t.ctid >= $1 AND t.ctid <= $2 AND %s OFFSET 0) b,
+              LATERAL (VALUES %s) f(column_name, code)
+         WHERE f.code IS NOT NULL',
+        vod_tender_crypto.key_expression(plan_job.relation), errors, table_name, due, error_rows);
+    plan.key_sql := format('SELECT %s FROM ONLY %s t WHERE t.ctid = $1',
+        vod_tender_crypto.key_expression(plan_job.relation), table_name);
+    plan.count_sql := format('SELECT count(*) FROM ONLY %s t WHERE %s', table_name, due);
     RETURN plan;
 END
 $$;

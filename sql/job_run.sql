@@ -2,25 +2,6 @@
 -- that it can do. A procedure that commits can have no SET clause: each of its transactions sets its own search_path.
 SET LOCAL search_path = pg_catalog, pg_temp;
 
-CREATE FUNCTION vod_tender_crypto.job_read(plan vod_tender_crypto.job_plan, from_row tid, to_row tid, most_rows integer)
-    RETURNS vod_tender_crypto.job_batch
-    LANGUAGE plpgsql VOLATILE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    batch vod_tender_crypto.job_batch;
-BEGIN
-    EXECUTE (job_read.plan).read_sql INTO batch USING job_read.from_row, job_read.to_row, job_read.most_rows;
-    RETURN batch;
-END
-$$;
-
--- Rows of about this size that a batch may have: it is in memory several times over.
-CREATE FUNCTION vod_tender_crypto.job_fitting_rows(j vod_tender_crypto.job, bytes bigint, in_rows double precision) RETURNS integer
-    LANGUAGE sql IMMUTABLE
-RETURN least((job_fitting_rows.j).batch_size, greatest(1,
-    16777216 * job_fitting_rows.in_rows / greatest(job_fitting_rows.bytes, 1)))::integer;
-
 -- Where a place in a table is.
 CREATE FUNCTION vod_tender_crypto.block_of(place tid) RETURNS bigint
     LANGUAGE sql IMMUTABLE
@@ -64,6 +45,7 @@ DECLARE
 
     caller_path text := pg_catalog.current_setting('search_path');
     j vod_tender_crypto.job;
+    before vod_tender_crypto.job;
     phase text := 'begin';
     -- The pass.
     relations regclass[];
@@ -74,14 +56,12 @@ DECLARE
     plan vod_tender_crypto.job_plan;
     relation_blocks bigint;
     blocks bigint;
-    rows_fit integer;
     -- The batch.
-    batch vod_tender_crypto.job_batch;
-    converted vod_tender_crypto.job_converted;
-    written vod_tender_crypto.job;
-    behind_batch tid;
+    rows_fit integer;
     most_rows integer;
-    n integer;
+    behind tid;
+    looked record;
+    outcome record;
     batch_began timestamptz;
     -- The session.
     pause double precision := 0;
@@ -133,13 +113,10 @@ BEGIN
                     plan := vod_tender_crypto.plan_job(j, j.relation);
                     relation_blocks := pg_relation_size(j.relation) / current_setting('block_size')::integer;
                     blocks := 1;
-                    rows_fit := coalesce(
-                        (SELECT vod_tender_crypto.job_fitting_rows(j, pg_table_size(c.oid), c.reltuples)
-                         FROM pg_class c WHERE c.oid = j.relation AND c.reltuples > 0),
-                        least(j.batch_size, 100));
-                    phase := 'read';
+                    rows_fit := j.batch_size;
+                    phase := 'look';
                 END IF;
-            ELSIF phase = 'read' THEN
+            ELSIF phase = 'look' THEN
                 IF j.rows_failed > j.max_errors THEN
                     RAISE EXCEPTION USING ERRCODE = 'data_exception',
                         MESSAGE = format('more than %s rows of %s failed', j.max_errors, j.target),
@@ -154,14 +131,17 @@ BEGIN
                     j.filenode := pg_relation_filenode(j.relation);
                     j.next_row := '(0,0)';
                 END IF;
-                behind_batch := format('(%s,0)', vod_tender_crypto.block_of(j.next_row) + blocks)::tid;
+                behind := format('(%s,0)', vod_tender_crypto.block_of(j.next_row) + blocks)::tid;
                 most_rows := least(rows_fit, j.max_rows_per_second);
-                batch := vod_tender_crypto.job_read(plan, j.next_row, behind_batch, most_rows);
-                n := coalesce(cardinality(batch.tids), 0);
-                IF n > 0 THEN
-                    phase := 'convert';
+                looked := vod_tender_crypto.job_look(plan, j.next_row, behind, most_rows);
+                IF cardinality(looked.heads) > greatest(current_setting('vod_tender_crypto.dek_cache_entries')::integer / 2, 1)
+                   AND most_rows > 1 THEN
+                    -- More DEKs than the session keeps.
+                    rows_fit := most_rows / 2;
+                ELSIF looked.n > 0 THEN
+                    phase := 'prepare';
                 ELSE
-                    j.next_row := behind_batch;
+                    j.next_row := behind;
                     blocks := least(blocks * 4, most_blocks);
                     IF vod_tender_crypto.block_of(j.next_row) >= relation_blocks THEN
                         relation_at := relation_at + 1;
@@ -169,35 +149,39 @@ BEGIN
                     END IF;
                     PERFORM vod_tender_crypto.job_note(j);
                 END IF;
-            ELSIF phase = 'convert' THEN
-                converted := vod_tender_crypto.job_convert(
-                    j, plan, n, batch.texts, batch.bytes, batch.aads, batch.versions);
+            ELSIF phase = 'prepare' THEN
+                PERFORM vod_tender_crypto.job_prepare(j, plan, looked.n, looked.heads);
                 phase := 'write';
             ELSIF phase = 'write' THEN
-                written := j;
-                IF n = most_rows THEN
+                before := j;
+                IF looked.n = most_rows THEN
                     -- There may be more in the last block.
-                    written.next_row := format('(%s,%s)', vod_tender_crypto.block_of(batch.tids[n]),
-                                               (batch.tids[n]::text::point)[1]::integer + 1)::tid;
+                    j.next_row := format('(%s,%s)', vod_tender_crypto.block_of(looked.last_row),
+                                         (looked.last_row::text::point)[1]::integer + 1)::tid;
                 ELSE
-                    written.next_row := behind_batch;
+                    j.next_row := behind;
                 END IF;
-                written := vod_tender_crypto.job_write(written, plan, batch.tids, batch.xmins, converted.texts,
-                    converted.bytes, converted.failed, converted.kek_ids, batch.aads, caller_path);
-                IF written.job IS NOT NULL THEN
-                    blocks := CASE WHEN n < most_rows THEN least(blocks * 2, most_blocks)
-                        ELSE vod_tender_crypto.block_of(written.next_row) - vod_tender_crypto.block_of(j.next_row) + 1 END;
-                    rows_fit := vod_tender_crypto.job_fitting_rows(j,
-                        coalesce(pg_column_size(batch.texts), 0) + coalesce(pg_column_size(batch.bytes), 0), n);
-                    IF j.max_rows_per_second IS NOT NULL THEN
-                        pause := greatest(0, n::double precision / j.max_rows_per_second
-                                             - extract(epoch FROM clock_timestamp() - batch_began)::double precision);
+                outcome := vod_tender_crypto.job_write(j, plan, before.next_row, looked.last_row, looked.n, caller_path);
+                j := outcome.j;
+                IF outcome.retries > 0 THEN
+                    IF outcome.written = 0 AND looked.n = 1 THEN
+                        RAISE EXCEPTION USING ERRCODE = 'object_not_in_prerequisite_state',
+                            MESSAGE = 'the data keys that one row needs are not kept long enough to use them',
+                            HINT = 'Raise vod_tender_crypto.dek_cache_entries, dek_max_age or dek_max_bytes.';
                     END IF;
-                    j := written;
+                    j.next_row := before.next_row;
+                    rows_fit := greatest(1, looked.n / 2);
+                    PERFORM vod_tender_crypto.job_note(j);
+                ELSE
+                    blocks := CASE WHEN looked.n < most_rows THEN least(blocks * 2, most_blocks)
+                        ELSE vod_tender_crypto.block_of(j.next_row) - vod_tender_crypto.block_of(before.next_row) + 1 END;
+                    rows_fit := least(j.batch_size, rows_fit::bigint * 2);
                 END IF;
-                batch := NULL;
-                converted := NULL;
-                phase := 'read';
+                IF j.max_rows_per_second IS NOT NULL THEN
+                    pause := greatest(0, looked.n::double precision / j.max_rows_per_second
+                                         - extract(epoch FROM clock_timestamp() - batch_began)::double precision);
+                END IF;
+                phase := 'look';
             ELSIF phase = 'end of pass' THEN
                 j := vod_tender_crypto.job_end_pass(j, idle_passes < idle_passes_at_most);
                 IF j.state = 'running' THEN
@@ -222,14 +206,11 @@ BEGIN
             IF pause <= 0 THEN
                 throttles := 0;
             END IF;
-        ELSIF failed_with = '53400' AND phase IN ('begin', 'convert')
+        ELSIF failed_with = '53400' AND phase IN ('begin', 'prepare')
               AND (throttles = 0 OR clock_timestamp() < throttled_since + throttled_at_most) THEN
             throttled_since := CASE WHEN throttles = 0 THEN clock_timestamp() ELSE throttled_since END;
             throttles := throttles + 1;
             pause := least(30, 0.5 * 2 ^ least(throttles, 10)) * (0.5 + random() / 2);
-        ELSIF failed_with IN ('53200', '54000') AND phase IN ('read', 'convert') AND most_rows > 1 THEN
-            rows_fit := most_rows / 2;
-            phase := 'read';
         ELSE
             PERFORM vod_tender_crypto.job_fail(j, failed_with, failed_message);
             COMMIT;

@@ -1,7 +1,7 @@
 -- The steps of a job, each a transaction of its own (run_job commits between them):
---   read     takes a batch of rows as they are, without locking them;
---   convert  makes the new values, and is the only one that waits for a key service: it holds no lock on the table;
---   write    locks the rows that nobody else has locked, leaves those that changed since, writes and checks the rest.
+--   look     finds the next rows that are due, and what they need from the key service; it locks none;
+--   prepare  fetches that, and is the only one that waits for a key service: it holds no lock on the table;
+--   write    converts, checks and writes the rows that nobody else has locked, and asks no key service.
 SET LOCAL search_path = pg_catalog, pg_temp;
 
 -- Takes the job for this transaction, waiting for a stop() that is just being noted. False when it was asked to stop.
@@ -121,54 +121,34 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION vod_tender_crypto.job_convert(
-    j vod_tender_crypto.job, plan vod_tender_crypto.job_plan, n integer, texts text[], bytes bytea[], aads text[], versions integer[]
-) RETURNS vod_tender_crypto.job_converted
+-- Looks for the next rows that are due.
+CREATE FUNCTION vod_tender_crypto.job_look(
+    plan vod_tender_crypto.job_plan, from_row tid, to_row tid, most_rows integer,
+    OUT n integer, OUT last_row tid, OUT heads bytea[]
+)
+    LANGUAGE plpgsql VOLATILE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    EXECUTE (job_look.plan).look_sql INTO n, last_row, heads USING job_look.from_row, job_look.to_row, job_look.most_rows;
+END
+$$;
+
+-- Fetches what the next rows need: all calls together, and DEKs further ahead while rows are left; at a limited speed not
+-- so far that they grow old.
+CREATE FUNCTION vod_tender_crypto.job_prepare(
+    j vod_tender_crypto.job, plan vod_tender_crypto.job_plan, n integer, heads bytea[]
+) RETURNS void
     LANGUAGE plpgsql VOLATILE
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    all_converted vod_tender_crypto.job_converted;
-    columns integer := cardinality((job_convert.plan).columns);
-    left_after bigint;
-    at integer;
-    place integer;
-    column_aads text[];
-    new_texts text[];
-    new_bytes bytea[];
-    failed text[];
-    kek_ids text[];
+    left_over bigint := greatest((job_prepare.j).run_rows_due - (job_prepare.j).run_rows_done, 0);
 BEGIN
-    -- All calls of the batch go together, and further ahead while rows are left; at a limited speed not so far that
-    -- the DEKs grow old.
-    left_after := greatest((job_convert.j).run_rows_due - (job_convert.j).run_rows_done, 0);
-    PERFORM vod_tender_crypto.prepare_keys((job_convert.j).operation, n::bigint * columns,
-        columns * least(left_after, 60 * (job_convert.j).max_rows_per_second::bigint),
-        (job_convert.j).key, (job_convert.j).context, (job_convert.j).check_wraps);
-    FOR at IN 0 .. columns - 1 LOOP
-        column_aads := CASE WHEN (job_convert.plan).aad_given[at + 1] THEN job_convert.aads[at * n + 1 : (at + 1) * n] END;
-        IF at < (job_convert.plan).text_columns THEN
-            SELECT c.converted, c.failed, c.kek_ids INTO new_texts, failed, kek_ids
-            FROM vod_tender_crypto.convert_batch((job_convert.j).operation, job_convert.texts[at * n + 1 : (at + 1) * n],
-                column_aads, job_convert.versions, (job_convert.j).key, (job_convert.j).context, (job_convert.j).check_wraps) c;
-            all_converted.texts := all_converted.texts || new_texts;
-        ELSE
-            place := at - (job_convert.plan).text_columns;
-            SELECT c.converted, c.failed, c.kek_ids INTO new_bytes, failed, kek_ids
-            FROM vod_tender_crypto.convert_batch((job_convert.j).operation, job_convert.bytes[place * n + 1 : (place + 1) * n],
-                column_aads, job_convert.versions, (job_convert.j).key, (job_convert.j).context, (job_convert.j).check_wraps) c;
-            all_converted.bytes := all_converted.bytes || new_bytes;
-        END IF;
-        IF failed IS NOT NULL OR all_converted.failed IS NOT NULL THEN
-            all_converted.failed := coalesce(all_converted.failed, array_fill(NULL::text, ARRAY[at * n]))
-                                    || coalesce(failed, array_fill(NULL::text, ARRAY[n]));
-        END IF;
-        IF (job_convert.plan).uses_kek_id THEN
-            all_converted.kek_ids := all_converted.kek_ids
-                || CASE WHEN cardinality(kek_ids) = n THEN kek_ids ELSE array_fill(kek_ids[1], ARRAY[n]) END;
-        END IF;
-    END LOOP;
-    RETURN all_converted;
+    PERFORM vod_tender_crypto.prepare_batch((job_prepare.j).operation, job_prepare.heads,
+        job_prepare.n::bigint * (job_prepare.plan).columns,
+        (job_prepare.plan).columns * least(left_over, 60 * (job_prepare.j).max_rows_per_second::bigint),
+        (job_prepare.j).key, (job_prepare.j).context, (job_prepare.j).check_wraps);
 END
 $$;
 
@@ -183,40 +163,31 @@ BEGIN ATOMIC
     SELECT count(DISTINCT (e.relation, e.row_key)) FROM vod_tender_crypto.job_error e WHERE e.job = (job_count_failed.j).job;
 END;
 
-CREATE FUNCTION vod_tender_crypto.job_note_error(
-    j vod_tender_crypto.job, plan vod_tender_crypto.job_plan, tid tid, xmin xid, column_name name, code text
-) RETURNS void
+CREATE FUNCTION vod_tender_crypto.job_note_error(j vod_tender_crypto.job, row_key jsonb, column_name name, code text) RETURNS void
     LANGUAGE plpgsql VOLATILE
     SET search_path = pg_catalog, pg_temp
 AS $$
-DECLARE
-    row_key jsonb;
 BEGIN
-    EXECUTE (job_note_error.plan).key_sql INTO row_key USING job_note_error.tid, job_note_error.xmin;
-    IF row_key IS NOT NULL THEN
-        INSERT INTO vod_tender_crypto.job_error AS e (job, relation, row_key, column_name, sqlstate, pass)
-        VALUES ((job_note_error.j).job, (job_note_error.j).relation, row_key, job_note_error.column_name,
-                job_note_error.code, (job_note_error.j).pass)
-        ON CONFLICT (job, relation, row_key, column_name) DO UPDATE SET
-            sqlstate = excluded.sqlstate, pass = excluded.pass, attempts = e.attempts + 1, seen_at = clock_timestamp();
-    END IF;
+    INSERT INTO vod_tender_crypto.job_error AS e (job, relation, row_key, column_name, sqlstate, pass)
+    VALUES ((job_note_error.j).job, (job_note_error.j).relation, job_note_error.row_key, job_note_error.column_name,
+            job_note_error.code, (job_note_error.j).pass)
+    ON CONFLICT ON CONSTRAINT job_error_pkey DO UPDATE SET
+        sqlstate = excluded.sqlstate, pass = excluded.pass, attempts = e.attempts + 1, seen_at = clock_timestamp();
 END
 $$;
 
--- Writes the rows that did not change since they were read. With `lock_first` it takes only what nobody else has locked;
--- without, which is faster, a row that somebody has locked makes it fail soon (55P03).
+-- Writes the due rows between two places. With `lock_first` it takes only what nobody else has locked; without, which is
+-- faster, a row that somebody has locked makes it fail soon (55P03).
 --
 -- The UPDATE runs under the caller's search_path and trigger setting: triggers of the table may rely on them.
 CREATE FUNCTION vod_tender_crypto.job_update(
-    j vod_tender_crypto.job, plan vod_tender_crypto.job_plan, tids tid[], xmins xid[], texts text[], bytes bytea[],
-    writable boolean[], kek_ids text[], aads text[], caller_path text, lock_first boolean
+    j vod_tender_crypto.job, plan vod_tender_crypto.job_plan, first_row tid, last_row tid, only_rows tid[],
+    caller_path text, lock_first boolean
 ) RETURNS bigint
     LANGUAGE plpgsql VOLATILE
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    mine boolean[] := job_update.writable;
-    locked bigint[];
     written bigint;
     same boolean;
     role_before text := current_setting('session_replication_role');
@@ -224,26 +195,24 @@ DECLARE
     statement text := (job_update.plan).write_sql;
 BEGIN
     IF job_update.lock_first THEN
-        EXECUTE (job_update.plan).lock_sql INTO locked USING job_update.tids, job_update.xmins;
-        IF coalesce(cardinality(locked), 0) < cardinality(job_update.tids) THEN
-            SELECT array_agg(m.may AND l.place IS NOT NULL ORDER BY m.place) INTO mine
-            FROM unnest(job_update.writable) WITH ORDINALITY m(may, place) LEFT JOIN unnest(locked) l(place) USING (place);
+        EXECUTE (job_update.plan).lock_sql INTO only_rows USING job_update.first_row, job_update.last_row;
+        IF only_rows IS NULL THEN
+            RETURN 0;
         END IF;
-    ELSE
-        PERFORM set_config('lock_timeout', '20ms', true);
     END IF;
+    -- What it has not locked itself it does not wait for: others may be waiting for what it has.
+    PERFORM set_config('lock_timeout', '20ms', true);
     IF (job_update.j).triggers = 'skip' THEN
         PERFORM set_config('session_replication_role', 'replica', true);
     END IF;
     -- PostgreSQL's own functions first, whatever the caller's path says: the statement is resolved under it.
     PERFORM set_config('search_path', concat_ws(', ', 'pg_catalog', nullif(job_update.caller_path, '')), true);
-    EXECUTE statement INTO written, same
-        USING job_update.tids, job_update.xmins, job_update.texts, job_update.bytes, mine, job_update.kek_ids, job_update.aads;
+    EXECUTE statement INTO written, same USING job_update.first_row, job_update.last_row, job_update.only_rows;
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-    PERFORM set_config('lock_timeout', timeout_before, true);
     IF (job_update.j).triggers = 'skip' THEN
         PERFORM set_config('session_replication_role', role_before, true);
     END IF;
+    PERFORM set_config('lock_timeout', timeout_before, true);
     IF NOT same THEN
         RAISE EXCEPTION USING ERRCODE = 'triggered_action_exception',
             MESSAGE = format('a trigger on %s changes what the job writes or leaves alone', (job_update.j).relation),
@@ -254,95 +223,77 @@ BEGIN
 END
 $$;
 
+-- Writes a batch and counts. `retries`: values whose keys were not at hand any more.
 CREATE FUNCTION vod_tender_crypto.job_write(
-    j vod_tender_crypto.job, plan vod_tender_crypto.job_plan, tids tid[], xmins xid[], texts text[], bytes bytea[],
-    failed text[], kek_ids text[], aads text[], caller_path text
-) RETURNS vod_tender_crypto.job
+    INOUT j vod_tender_crypto.job, plan vod_tender_crypto.job_plan, first_row tid, last_row tid, n integer, caller_path text,
+    OUT written bigint, OUT retries bigint
+)
     LANGUAGE plpgsql VOLATILE
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    n integer := cardinality(job_write.tids);
-    columns integer := cardinality((job_write.plan).columns);
-    writable boolean[] := array_fill(true, ARRAY[n]);
     failure record;
-    written bigint := 0;
-    code text;
     one_by_one boolean := false;
     lock_first boolean := false;
+    tids tid[];
+    one tid;
+    row_key jsonb;
+    code text;
+    failed bigint := j.rows_failed;
 BEGIN
-    IF NOT (job_write.j).dry_run THEN
-        -- Rows are named by their place. The lock keeps the table from being rewritten, and the file says whether it
-        -- was between reading and now: then other rows are in those places.
-        EXECUTE format('LOCK TABLE ONLY %s IN ROW EXCLUSIVE MODE', (job_write.j).relation);
-        IF pg_relation_filenode((job_write.j).relation)::oid IS DISTINCT FROM (job_write.j).filenode THEN
-            RETURN NULL;
-        END IF;
-    END IF;
-    FOR failure IN
-        SELECT f.code, (f.place - 1) % n + 1 AS row_at, (f.place - 1) / n + 1 AS column_at
-        FROM unnest(job_write.failed) WITH ORDINALITY f(code, place)
-        WHERE f.code IS NOT NULL
-    LOOP
-        writable[failure.row_at] := false;
-        PERFORM vod_tender_crypto.job_note_error(job_write.j, job_write.plan, job_write.tids[failure.row_at],
-            job_write.xmins[failure.row_at], (job_write.plan).columns[failure.column_at], failure.code);
-    END LOOP;
-    IF (job_write.j).dry_run THEN
-        written := (SELECT count(*) FROM unnest(writable) w WHERE w);
+    retries := 0;
+    written := 0;
+    IF j.dry_run THEN
+        EXECUTE plan.try_sql INTO written USING first_row, last_row;
     ELSE
         LOOP
             BEGIN
-                written := vod_tender_crypto.job_update(job_write.j, job_write.plan, job_write.tids, job_write.xmins,
-                    job_write.texts, job_write.bytes, writable, job_write.kek_ids, job_write.aads, job_write.caller_path,
-                    lock_first);
+                written := vod_tender_crypto.job_update(j, plan, first_row, last_row, NULL, caller_path, lock_first);
                 EXIT;
             EXCEPTION WHEN OTHERS THEN
                 IF NOT lock_first AND SQLSTATE IN ('55P03', '40P01') THEN
                     lock_first := true;
                 ELSIF vod_tender_crypto.concerns_one_row(SQLSTATE) THEN
                     one_by_one := true;
+                    EXIT;
                 ELSE
                     RAISE;
                 END IF;
             END;
-            EXIT WHEN one_by_one;
         END LOOP;
     END IF;
     IF one_by_one THEN
         -- One row of the batch cannot be written: find it.
-        FOR row_at IN 1 .. n LOOP
+        EXECUTE plan.rows_sql INTO tids USING first_row, last_row;
+        FOREACH one IN ARRAY coalesce(tids, '{}') LOOP
             BEGIN
-                written := written + vod_tender_crypto.job_update(job_write.j, job_write.plan,
-                    job_write.tids[row_at : row_at], job_write.xmins[row_at : row_at],
-                    ARRAY(SELECT job_write.texts[row_at + n * c] FROM generate_series(0, (job_write.plan).text_columns - 1) c),
-                    ARRAY(SELECT job_write.bytes[row_at + n * c]
-                          FROM generate_series(0, columns - (job_write.plan).text_columns - 1) c),
-                    writable[row_at : row_at],
-                    ARRAY(SELECT job_write.kek_ids[row_at + n * c] FROM generate_series(0, columns - 1) c),
-                    ARRAY(SELECT job_write.aads[row_at + n * c] FROM generate_series(0, columns - 1) c),
-                    job_write.caller_path, true);
+                written := written + vod_tender_crypto.job_update(j, plan, one, one, NULL, caller_path, false);
             EXCEPTION WHEN OTHERS THEN
-                IF NOT vod_tender_crypto.concerns_one_row(SQLSTATE) THEN
+                IF vod_tender_crypto.concerns_one_row(SQLSTATE) THEN
+                    code := SQLSTATE;
+                    EXECUTE plan.key_sql INTO row_key USING one;
+                    PERFORM vod_tender_crypto.job_note_error(j, row_key, '*', code);
+                ELSIF SQLSTATE NOT IN ('55P03', '40P01') THEN
                     RAISE;
                 END IF;
-                code := SQLSTATE;
-                PERFORM vod_tender_crypto.job_note_error(job_write.j, job_write.plan, job_write.tids[row_at],
-                    job_write.xmins[row_at], '*', code);
             END;
         END LOOP;
     END IF;
-    j.rows_done := j.rows_done + written;
-    j.run_rows_done := j.run_rows_done + written;
-    j.rows_skipped := j.rows_skipped + (SELECT count(*) FROM unnest(writable) w WHERE w) - written;
-    IF one_by_one OR job_write.failed IS NOT NULL THEN
+    IF written < n THEN
+        FOR failure IN EXECUTE plan.fail_sql USING first_row, last_row LOOP
+            IF failure.code = 'retry' THEN
+                retries := retries + 1;
+            ELSE
+                PERFORM vod_tender_crypto.job_note_error(j, failure.row_key, failure.column_name, failure.code);
+            END IF;
+        END LOOP;
         j.rows_failed := vod_tender_crypto.job_count_failed(j);
     END IF;
+    j.rows_done := j.rows_done + written;
+    j.run_rows_done := j.run_rows_done + written;
+    j.rows_skipped := j.rows_skipped + greatest(n - written - greatest(j.rows_failed - failed, 0) - retries, 0);
     PERFORM vod_tender_crypto.job_note(j);
-    RETURN j;
 END
 $$;
-COMMENT ON FUNCTION vod_tender_crypto.job_write(vod_tender_crypto.job, vod_tender_crypto.job_plan, tid[], xid[], text[], bytea[], text[], text[], text[], text) IS
-    'Writes a batch. NULL when the table was rewritten since the batch was read.';
 
 SET LOCAL search_path = @extschema@, pg_temp;

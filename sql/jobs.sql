@@ -81,8 +81,7 @@ BEGIN
     FOR part IN SELECT vod_tender_crypto.storing_relations(j.target) LOOP
         plan := vod_tender_crypto.plan_job(j, part);
         -- Planned with nothing to do: what PostgreSQL does not accept, it says before anything runs.
-        EXECUTE 'EXPLAIN ' || plan.write_sql USING
-            '{}'::tid[], '{}'::xid[], '{}'::text[], '{}'::bytea[], '{}'::boolean[], '{}'::text[], '{}'::text[];
+        EXECUTE 'EXPLAIN ' || plan.write_sql USING '(0,0)'::tid, '(0,0)'::tid, NULL::tid[];
         IF j.triggers = 'skip' THEN
             PERFORM set_config('session_replication_role', current_setting('session_replication_role'), true);
         END IF;

@@ -10,13 +10,9 @@ AS $$
 DECLARE
     j vod_tender_crypto.job;
     plan vod_tender_crypto.job_plan;
-    batch vod_tender_crypto.job_batch;
-    converted vod_tender_crypto.job_converted;
     failure record;
-    n integer;
     block bigint;
-    blocks bigint;
-    opened bigint := 0;
+    blocks CONSTANT bigint := 256;
     unopened bigint := 0;
 BEGIN
     j.operation := 'verify';
@@ -32,29 +28,22 @@ BEGIN
     FOR relation IN SELECT vod_tender_crypto.storing_relations(j.target) LOOP
         plan := vod_tender_crypto.plan_job(j, relation);
         block := 0;
-        blocks := 16;
         WHILE block * current_setting('block_size')::bigint < pg_relation_size(relation) LOOP
-            batch := vod_tender_crypto.job_read(
-                plan, format('(%s,0)', block)::tid, format('(%s,0)', block + blocks)::tid, NULL);
-            block := block + blocks;
-            n := coalesce(cardinality(batch.tids), 0);
-            CONTINUE WHEN n = 0;
-            converted := vod_tender_crypto.job_convert(j, plan, n, batch.texts, batch.bytes, batch.aads, batch.versions);
-            opened := opened + n * cardinality(plan.columns);
-            FOR failure IN
-                SELECT f.code, (f.place - 1) % n + 1 AS row_at, (f.place - 1) / n + 1 AS column_at
-                FROM unnest(converted.failed) WITH ORDINALITY f(code, place) WHERE f.code IS NOT NULL
+            -- Forgets what key services refused before.
+            PERFORM vod_tender_crypto.prepare_batch('verify', NULL, 0, 0, NULL, NULL, false);
+            FOR failure IN EXECUTE plan.fail_sql
+                USING format('(%s,0)', block)::tid, format('(%s,65535)', block + blocks - 1)::tid
             LOOP
-                EXECUTE plan.key_sql INTO row_key USING batch.tids[failure.row_at], batch.xmins[failure.row_at];
-                column_name := plan.columns[failure.column_at];
+                row_key := failure.row_key;
+                column_name := failure.column_name;
                 sqlstate := failure.code;
-                opened := opened - 1;
                 unopened := unopened + 1;
                 RETURN NEXT;
             END LOOP;
+            block := block + blocks;
         END LOOP;
     END LOOP;
-    RAISE NOTICE '%: % values open, % do not', j.target, opened, unopened;
+    RAISE NOTICE '%: % values do not open', j.target, unopened;
 END
 $$;
 COMMENT ON FUNCTION vod_tender_crypto.verify(regclass, name[], text, text) IS

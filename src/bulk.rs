@@ -1,17 +1,20 @@
-//! What the jobs of `sql/` call: whole arrays of values in, whole arrays out, so that the cost of a call is paid once for
-//! a batch and nothing but stored forms passes through PL/pgSQL.
+//! What the jobs of `sql/` call, value by value inside one UPDATE: nothing but stored forms passes through SQL, and no
+//! key service is called while rows are locked.
 
 use pgrx::prelude::*;
 
 #[pg_schema]
 mod vod_tender_crypto {
+    use std::cell::RefCell;
     use std::collections::HashMap;
 
+    use pgrx::Array;
     use pgrx::prelude::*;
-    use pgrx::{Array, default};
     use vod_tender_core::Error;
-    use vod_tender_core::session::{BulkOperation, BulkTask};
-    use vod_tender_core::stored::{Kind, Value, head};
+    use vod_tender_core::provider::{Fault, ProviderError, ProviderFuture, Wait};
+    use vod_tender_core::session::{BulkOperation, BulkTask, Run};
+    use vod_tender_core::sink::Sink;
+    use vod_tender_core::stored::{Kind, Value};
 
     use super::invalid;
 
@@ -21,170 +24,292 @@ mod vod_tender_crypto {
     use crate::results::{BytesOut, TextOut, Varlena};
     use crate::row_expression::{self, Purpose};
 
-    /// One batch of a column: the new values (NULL where nothing is to be written), the SQLSTATE of what failed
-    /// (no array when nothing did), and the KEK ids of what is under a new one (one element when all are the same). Raises when it is not a value's fault.
-    #[allow(clippy::too_many_arguments, clippy::type_complexity)]
-    #[pg_extern(name = "convert_batch", volatile, parallel_restricted)]
-    fn convert_batch_text<'a>(
+    /// Does a job's work on one value: gives the new one, the same one where nothing is to be done, and NULL for NULL and
+    /// for what fails, which `conversion_error` explains. Calls no key service: what it needs was fetched by
+    /// `prepare_batch`, so that nothing waits while rows are locked. Raises when it is not the value's fault.
+    #[allow(clippy::too_many_arguments)]
+    #[pg_extern(name = "convert_value", volatile, parallel_restricted, cost = 100)]
+    fn convert_value_text<'a>(
         operation: TextIn<'a>,
-        stored: Array<'a, TextIn<'a>>,
-        aads: Option<Array<'a, TextIn<'a>>>,
-        versions: Option<Array<'a, i32>>,
-        key: Option<TextIn<'a>>,
-        context: Option<ContextIn>,
-        check_wraps: default!(bool, "true"),
-    ) -> TableIterator<
-        'static,
-        (
-            name!(converted, Vec<Option<TextOut>>),
-            name!(failed, Option<Vec<Option<String>>>),
-            name!(kek_ids, Vec<Option<String>>),
-        ),
-    > {
-        let stored: Vec<_> = stored.iter().collect();
-        let values = stored.iter().map(|text| text.as_ref().map(|text| text.get().map(Value::Text)));
-        let batch = Batch { operation: named(&operation), key, context, check_wraps, aads, versions };
-        let (converted, failed, kek_ids) = batch.convert(values, TextOut);
-        TableIterator::once((converted, failed, kek_ids))
-    }
-
-    /// The same for `bytea`.
-    #[allow(clippy::too_many_arguments, clippy::type_complexity)]
-    #[pg_extern(name = "convert_batch", volatile, parallel_restricted)]
-    fn convert_batch_bytea<'a>(
-        operation: TextIn<'a>,
-        stored: Array<'a, &'a [u8]>,
-        aads: Option<Array<'a, TextIn<'a>>>,
-        versions: Option<Array<'a, i32>>,
-        key: Option<TextIn<'a>>,
-        context: Option<ContextIn>,
-        check_wraps: default!(bool, "true"),
-    ) -> TableIterator<
-        'static,
-        (
-            name!(converted, Vec<Option<BytesOut>>),
-            name!(failed, Option<Vec<Option<String>>>),
-            name!(kek_ids, Vec<Option<String>>),
-        ),
-    > {
-        let stored: Vec<_> = stored.iter().collect();
-        let values = stored.iter().map(|bytes| bytes.map(|bytes| Some(Value::Bytes(bytes))));
-        let batch = Batch { operation: named(&operation), key, context, check_wraps, aads, versions };
-        let (converted, failed, kek_ids) = batch.convert(values, BytesOut);
-        TableIterator::once((converted, failed, kek_ids))
-    }
-
-    struct Batch<'a> {
-        operation: BulkOperation,
+        stored: Option<TextIn<'a>>,
+        aad: Option<TextIn<'a>>,
+        aad_given: bool,
+        version: Option<i32>,
         key: Option<TextIn<'a>>,
         context: Option<ContextIn>,
         check_wraps: bool,
-        aads: Option<Array<'a, TextIn<'a>>>,
-        versions: Option<Array<'a, i32>>,
+    ) -> Option<TextOut> {
+        let stored = stored?;
+        let value = Value::Text(stored.get()?);
+        let task = task(&operation, &key, &context, check_wraps);
+        convert(task, value, Aad::of(aad_given, &aad), version)
+            .ok()
+            .map(|new| TextOut(new.unwrap_or_else(|| copy(value))))
     }
 
-    type Converted<T> = (Vec<Option<T>>, Option<Vec<Option<String>>>, Vec<Option<String>>);
-
-    impl Batch<'_> {
-        /// An element is `None` for NULL, and `Some(None)` for what is not UTF-8.
-        fn convert<'v, T>(
-            &self,
-            values: impl Iterator<Item = Option<Option<Value<'v>>>>,
-            boxed: impl Fn(Varlena) -> T,
-        ) -> Converted<T> {
-            let task = BulkTask {
-                operation: self.operation,
-                key: self.key.as_ref().map(TextIn::as_str),
-                context: self.context.as_ref().map(ContextIn::context),
-                check_wraps: self.check_wraps,
-            };
-            let mut aads = self.aads.as_ref().map(|aads| aads.iter());
-            let mut versions = self.versions.as_ref().map(|versions| versions.iter());
-            let (mut converted, mut failed, mut kek_ids) = (Vec::new(), Vec::new(), Vec::new());
-            // A DEK that its key service refused is not asked for again with every value that needs it.
-            let mut refused = HashMap::new();
-            for value in values {
-                let aad = aads.as_mut().map(|aads| aads.next().flatten());
-                let version = versions.as_mut().and_then(|versions| versions.next().flatten());
-                let one = match value {
-                    None => One::Unchanged,
-                    Some(value) => convert_one(task, value, aad.as_ref(), version, &mut refused),
-                };
-                let (new, code, kek_id) = match one {
-                    One::Unchanged => (None, None, None),
-                    One::New(new, kek_id) => (Some(boxed(new)), None, kek_id),
-                    One::Failed(code) => (None, Some(code), None),
-                };
-                converted.push(new);
-                failed.push(code);
-                kek_ids.push(kek_id);
-            }
-            let any_failed = failed.iter().any(Option::is_some);
-            let mut known = kek_ids.iter().flatten();
-            let first = known.next();
-            if known.all(|kek_id| Some(kek_id) == first) {
-                kek_ids = vec![first.cloned()];
-            }
-            (converted, any_failed.then_some(failed), kek_ids)
-        }
-    }
-
-    enum One {
-        Unchanged,
-        New(Varlena, Option<String>),
-        Failed(String),
-    }
-
-    /// `aad` is `Some(None)` when an expression for it gave NULL: then nothing is made, for it would be bound to no row.
-    fn convert_one(
-        task: BulkTask<'_>,
-        value: Option<Value<'_>>,
-        aad: Option<&Option<TextIn<'_>>>,
+    /// The same for `bytea`.
+    #[allow(clippy::too_many_arguments)]
+    #[pg_extern(name = "convert_value", volatile, parallel_restricted, cost = 100)]
+    fn convert_value_bytea<'a>(
+        operation: TextIn<'a>,
+        stored: Option<&'a [u8]>,
+        aad: Option<TextIn<'a>>,
+        aad_given: bool,
         version: Option<i32>,
-        refused: &mut HashMap<Vec<u8>, String>,
-    ) -> One {
+        key: Option<TextIn<'a>>,
+        context: Option<ContextIn>,
+        check_wraps: bool,
+    ) -> Option<BytesOut> {
+        let value = Value::Bytes(stored?);
+        let task = task(&operation, &key, &context, check_wraps);
+        convert(task, value, Aad::of(aad_given, &aad), version)
+            .ok()
+            .map(|new| BytesOut(new.unwrap_or_else(|| copy(value))))
+    }
+
+    /// Why `convert_value` fails for a value: an SQLSTATE, or `retry` when what it needs was not fetched. NULL when it
+    /// does not fail. For the operation `verify`, which locks nothing, it calls key services itself.
+    #[allow(clippy::too_many_arguments)]
+    #[pg_extern(name = "conversion_error", volatile, parallel_restricted, cost = 100)]
+    fn conversion_error_text<'a>(
+        operation: TextIn<'a>,
+        stored: Option<TextIn<'a>>,
+        aad: Option<TextIn<'a>>,
+        aad_given: bool,
+        version: Option<i32>,
+        key: Option<TextIn<'a>>,
+        context: Option<ContextIn>,
+        check_wraps: bool,
+    ) -> Option<String> {
+        let stored = stored?;
+        let Some(text) = stored.get() else { return Some(sqlstate_text(&Error::ArgumentNotText, Kind::Text)) };
+        let task = task(&operation, &key, &context, check_wraps);
+        convert(task, Value::Text(text), Aad::of(aad_given, &aad), version).err()
+    }
+
+    /// The same for `bytea`.
+    #[allow(clippy::too_many_arguments)]
+    #[pg_extern(name = "conversion_error", volatile, parallel_restricted, cost = 100)]
+    fn conversion_error_bytea<'a>(
+        operation: TextIn<'a>,
+        stored: Option<&'a [u8]>,
+        aad: Option<TextIn<'a>>,
+        aad_given: bool,
+        version: Option<i32>,
+        key: Option<TextIn<'a>>,
+        context: Option<ContextIn>,
+        check_wraps: bool,
+    ) -> Option<String> {
+        let task = task(&operation, &key, &context, check_wraps);
+        convert(task, Value::Bytes(stored?), Aad::of(aad_given, &aad), version).err()
+    }
+
+    /// What of a stored value the key service must see before it can be converted: its header, or the blob of the
+    /// literal form. NULL when nothing.
+    #[pg_extern(name = "needed_head", stable, parallel_restricted)]
+    fn needed_head_text(stored: Option<TextIn<'_>>) -> Option<Vec<u8>> {
+        needed_head(Value::Text(stored?.get()?))
+    }
+
+    /// The same for `bytea`.
+    #[pg_extern(name = "needed_head", stable, parallel_restricted)]
+    fn needed_head_bytea(stored: Option<&[u8]>) -> Option<Vec<u8>> {
+        needed_head(Value::Bytes(stored?))
+    }
+
+    fn needed_head(value: Value<'_>) -> Option<Vec<u8>> {
+        backend::with(|session, run| session.needed_head(run, value))
+            .unwrap_or_else(|error| raise(&error, value.kind()))
+    }
+
+    /// Fetches from the key service what the next batch of a job needs: DEKs for `needed` values (and when it has to be
+    /// asked at all, for `wanted`), and what `heads` stand for. What the service refuses about a head is kept for
+    /// `conversion_error`; raises for everything else.
+    #[allow(clippy::too_many_arguments)]
+    #[pg_extern(volatile, parallel_restricted)]
+    fn prepare_batch<'a>(
+        operation: TextIn<'a>,
+        heads: Option<Array<'a, &'a [u8]>>,
+        needed: i64,
+        wanted: i64,
+        key: Option<TextIn<'a>>,
+        context: Option<ContextIn>,
+        check_wraps: bool,
+    ) {
+        let task = task(&operation, &key, &context, check_wraps);
+        REFUSED.with_borrow_mut(HashMap::clear);
+        if task.operation == BulkOperation::Migrate {
+            let count = |values: i64| u64::try_from(values).unwrap_or_default();
+            backend::with(|session, run| session.make_deks_ahead(run, task, count(needed), count(wanted)))
+                .unwrap_or_else(|error| raise(&error, Kind::Text));
+        }
+        for head in heads.iter().flat_map(Array::iter).flatten() {
+            let prepared = backend::with(|session, run| {
+                let target = target(task, run);
+                Ok(session.prepare_head(run, task, head).map_err(|error| {
+                    let is_own = error.concerns_one_value(target.as_deref());
+                    (error, is_own)
+                }))
+            });
+            match prepared.unwrap_or_else(|error| raise(&error, Kind::Text)) {
+                Ok(()) => {}
+                Err((error, true)) => refuse(head, &error),
+                Err((error, false)) => raise(&error, Kind::Text),
+            }
+        }
+    }
+
+    /// The KEK id of an envelope's first wrap under a key, or of its first wrap; NULL for what is no envelope.
+    #[pg_extern(name = "kek_id", stable, parallel_restricted)]
+    fn kek_id_text(stored: Option<TextIn<'_>>, key: Option<TextIn<'_>>) -> Option<String> {
+        kek_id(Value::Text(stored?.get()?), &key)
+    }
+
+    /// The same for `bytea`.
+    #[pg_extern(name = "kek_id", stable, parallel_restricted)]
+    fn kek_id_bytea(stored: Option<&[u8]>, key: Option<TextIn<'_>>) -> Option<String> {
+        kek_id(Value::Bytes(stored?), &key)
+    }
+
+    fn kek_id(value: Value<'_>, key: &Option<TextIn<'_>>) -> Option<String> {
+        let key = key.as_ref().map(TextIn::as_str);
+        backend::with(|session, run| session.kek_id(run, value, key))
+            .unwrap_or_else(|error| raise(&error, value.kind()))
+    }
+
+    thread_local! {
+        /// SQLSTATEs by head: what a key service refused is not asked for again with every value that needs it. Lives
+        /// for one batch; holds no secret.
+        static REFUSED: RefCell<HashMap<Vec<u8>, String>> = RefCell::new(HashMap::new());
+    }
+
+    fn refuse(head: &[u8], error: &Error) {
+        REFUSED.with_borrow_mut(|refused| refused.insert(head.to_vec(), sqlstate_text(error, Kind::Text)));
+    }
+
+    fn refused(value: Value<'_>) -> Option<String> {
+        if REFUSED.with_borrow(HashMap::is_empty) {
+            return None;
+        }
+        let head = needed_head(value)?;
+        REFUSED.with_borrow(|refused| refused.get(&head).cloned())
+    }
+
+    fn task<'a>(
+        operation: &TextIn<'_>,
+        key: &'a Option<TextIn<'_>>,
+        context: &'a Option<ContextIn>,
+        check_wraps: bool,
+    ) -> BulkTask<'a> {
+        BulkTask {
+            operation: named(operation),
+            key: key.as_ref().map(TextIn::as_str),
+            context: context.as_ref().map(ContextIn::context),
+            check_wraps,
+        }
+    }
+
+    /// Name of the KEK that a job makes new values under: what is wrong with that one is wrong for all values.
+    fn target<W>(task: BulkTask<'_>, run: &Run<'_, W>) -> Option<String> {
+        match task.operation {
+            BulkOperation::Migrate | BulkOperation::Rewrap => {
+                run.keyring.for_encrypting(task.key).ok().map(|kek| kek.name.clone())
+            }
+            BulkOperation::Downgrade | BulkOperation::Verify => None,
+        }
+    }
+
+    enum Aad<'a> {
+        None,
+        Some(&'a str),
+        /// An expression was given and it is NULL here, or no text: the value would be bound to no row.
+        Unusable,
+    }
+
+    impl<'a> Aad<'a> {
+        fn of(given: bool, aad: &'a Option<TextIn<'_>>) -> Self {
+            match (given, aad.as_ref().and_then(TextIn::get)) {
+                (false, _) => Aad::None,
+                (true, Some(aad)) => Aad::Some(aad),
+                (true, None) => Aad::Unusable,
+            }
+        }
+    }
+
+    const RETRY: &str = "retry";
+
+    /// The new value, if there is one; or why there is none.
+    fn convert(
+        task: BulkTask<'_>,
+        value: Value<'_>,
+        aad: Aad<'_>,
+        version: Option<i32>,
+    ) -> std::result::Result<Option<Varlena>, String> {
         const NULL_VALUE_NOT_ALLOWED: &str = "22004";
-        let Some(value) = value else { return One::Failed(sqlstate_text(&Error::ArgumentNotText, Kind::Text)) };
         let aad = match aad {
-            None => None,
-            Some(Some(aad)) => match aad.get() {
-                Some(aad) => Some(aad),
-                None => return One::Failed(sqlstate_text(&Error::ArgumentNotText, Kind::Text)),
-            },
-            Some(None) => return One::Failed(NULL_VALUE_NOT_ALLOWED.to_owned()),
+            Aad::None => None,
+            Aad::Some(aad) => Some(aad),
+            Aad::Unusable => return Err(NULL_VALUE_NOT_ALLOWED.to_owned()),
         };
-        if let Some(code) = head(value).and_then(|head| refused.get(head)) {
-            return One::Failed(code.clone());
+        if task.operation == BulkOperation::Verify
+            && let Some(code) = refused(value)
+        {
+            return Err(code);
         }
-        let mut out = Varlena::default();
         let outcome = backend::with(|session, run| {
-            let target = match task.operation {
-                BulkOperation::Migrate | BulkOperation::Rewrap => run.keyring.for_encrypting(task.key).ok(),
-                BulkOperation::Downgrade | BulkOperation::Verify => None,
-            };
-            let target = target.map(|kek| kek.name.as_str());
-            match session.convert(run, task, value, aad, version, &mut out) {
-                Ok(changed) => Ok(Ok(changed)),
-                Err(error) if error.concerns_one_value(target) => Ok(Err(error)),
-                Err(error) => Err(error),
+            let mut out = Varlena::default();
+            if task.operation == BulkOperation::Verify {
+                let verified = session.convert(run, task, value, aad, version, &mut out);
+                return Ok(verified.map(|_| None).map_err(|error| (error, false)));
             }
-        });
-        match outcome.unwrap_or_else(|error| raise(&error, value.kind())) {
-            Ok(false) => One::Unchanged,
-            Ok(true) => {
-                let new = written(&mut out, value.kind());
-                let kek_id = backend::with(|session, run| session.assure(run, task, new));
-                let kek_id = kek_id.unwrap_or_else(|error| raise(&error, value.kind()));
-                One::New(out, kek_id)
-            }
-            Err(error) => {
-                let code = sqlstate_text(&error, value.kind());
-                if let (Error::Service { .. }, Some(head)) = (&error, head(value)) {
-                    refused.insert(head.to_vec(), code.clone());
+            let mut no_calls = NoCalls::default();
+            let mut run = Run { keyring: run.keyring, policy: run.policy, wait: &mut no_calls };
+            let converted = session.convert(&mut run, task, value, aad, version, &mut out).and_then(|changed| {
+                if changed {
+                    session.assure(&mut run, task, written(&mut out, value.kind()))?;
                 }
-                One::Failed(code)
-            }
+                Ok(changed.then_some(out))
+            });
+            Ok(converted.map_err(|error| (error, no_calls.was_asked)))
+        });
+        let (error, not_prepared) = match outcome.unwrap_or_else(|error| raise(&error, value.kind())) {
+            Ok(new) => return Ok(new),
+            Err(failure) => failure,
+        };
+        if not_prepared {
+            return Err(refused(value).unwrap_or_else(|| RETRY.to_owned()));
         }
+        if let (BulkOperation::Verify, Error::Service { .. }, Some(head)) = (task.operation, &error, needed_head(value))
+        {
+            refuse(&head, &error);
+        }
+        let target = backend::with(|_, run| Ok(target(task, run))).unwrap_or_default();
+        if !error.concerns_one_value(target.as_deref()) {
+            raise(&error, value.kind())
+        }
+        Err(sqlstate_text(&error, value.kind()))
+    }
+
+    /// Answers every call by failing: what a job needs while rows are locked must have been fetched before.
+    #[derive(Default)]
+    struct NoCalls {
+        was_asked: bool,
+    }
+
+    impl Wait for NoCalls {
+        fn wait<T>(&mut self, _future: ProviderFuture<'_, T>) -> std::result::Result<T, ProviderError> {
+            self.was_asked = true;
+            Err(ProviderError::new(Fault::Unreachable, "not fetched before the rows were locked"))
+        }
+    }
+
+    fn copy(value: Value<'_>) -> Varlena {
+        let mut out = Varlena::default();
+        match out.buffer(value.bytes().len()) {
+            Ok(buffer) => buffer.copy_from_slice(value.bytes()),
+            Err(error) => raise(&error, value.kind()),
+        }
+        out
     }
 
     fn written(out: &mut Varlena, kind: Kind) -> Value<'_> {
@@ -253,30 +378,6 @@ mod vod_tender_crypto {
             BulkOperation::Verify => Ok((None, None)),
         });
         TableIterator::once(found.unwrap_or_else(|error| raise(&error, Kind::Text)))
-    }
-
-    /// Has the key service make, together, the DEKs that the next `needed` values of a job will be encrypted under; when
-    /// it has to be asked at all, for `wanted` values.
-    #[pg_extern(volatile, parallel_restricted)]
-    fn prepare_keys(
-        operation: TextIn<'_>,
-        needed: i64,
-        wanted: i64,
-        key: Option<TextIn<'_>>,
-        context: Option<ContextIn>,
-        check_wraps: bool,
-    ) {
-        let task = BulkTask {
-            operation: named(&operation),
-            key: key.as_ref().map(TextIn::as_str),
-            context: context.as_ref().map(ContextIn::context),
-            check_wraps,
-        };
-        if task.operation == BulkOperation::Migrate {
-            let count = |values: i64| u64::try_from(values).unwrap_or_default();
-            backend::with(|session, run| session.make_deks_ahead(run, task, count(needed), count(wanted)))
-                .unwrap_or_else(|error| raise(&error, Kind::Text));
-        }
     }
 
     /// What a stored value is under, as a label to group by: `{"version": 2, "wraps": [["KEY", "KEK ID"]]}`. NULL for

@@ -46,12 +46,19 @@ pgrx::extension_sql_file!(
         "job_tables",
         bulk::vod_tender_crypto::is_due_text,
         bulk::vod_tender_crypto::is_due_bytea,
-        bulk::vod_tender_crypto::convert_batch_text,
-        bulk::vod_tender_crypto::convert_batch_bytea,
+        bulk::vod_tender_crypto::convert_value_text,
+        bulk::vod_tender_crypto::convert_value_bytea,
+        bulk::vod_tender_crypto::conversion_error_text,
+        bulk::vod_tender_crypto::conversion_error_bytea,
+        bulk::vod_tender_crypto::needed_head_text,
+        bulk::vod_tender_crypto::needed_head_bytea,
+        bulk::vod_tender_crypto::kek_id_text,
+        bulk::vod_tender_crypto::kek_id_bytea,
+        bulk::vod_tender_crypto::prepare_batch,
         bulk::vod_tender_crypto::job_key,
         bulk::vod_tender_crypto::row_expression,
         bulk::vod_tender_crypto::stored_under_text,
-        bulk::vod_tender_crypto::stored_under_bytea
+        bulk::vod_tender_crypto::stored_under_bytea,
     ]
 );
 pgrx::extension_sql_file!("../sql/job_steps.sql", name = "job_steps", requires = ["job_plan"]);

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
 import threading
 import time
 from types import SimpleNamespace
@@ -10,7 +13,7 @@ from types import SimpleNamespace
 import psycopg
 from psycopg.rows import dict_row
 
-from helpers import new_key, one
+from helpers import add_local_key, new_key, one
 
 TABLE = "oauth_tokens"
 COLUMNS = ["access_token", "refresh_token"]
@@ -27,6 +30,32 @@ def add_legacy_key(database) -> str:
         admin.execute("SELECT envelope_version('')")  # loads the library: its settings are known then
         admin.execute(f"ALTER DATABASE {database.name} SET vod_tender_crypto.legacy_key_file = '{path}'")
     return path
+
+
+def add_keys(database) -> None:
+    """A legacy key, and a local KEK named default."""
+    add_legacy_key(database)
+    with database.connect() as admin:
+        add_local_key(database, admin, "default")
+
+
+_roles = itertools.count(1)
+
+
+@contextlib.contextmanager
+def role(database, may_run_jobs: bool = True):
+    """A plain role's name; what it owns goes with it."""
+    name = f"jobs_{os.getpid()}_{next(_roles)}"
+    with database.connect() as admin:
+        admin.execute(f"CREATE ROLE {name} LOGIN")
+        if may_run_jobs:
+            admin.execute("SELECT vod_tender_crypto.grant_jobs(%s::regrole)", [name])
+    try:
+        yield name
+    finally:
+        with database.connect() as admin:
+            admin.execute(f"DROP OWNED BY {name} CASCADE")
+            admin.execute(f"DROP ROLE {name}")
 
 
 def plaintext(column: str) -> str:

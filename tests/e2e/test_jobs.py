@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import itertools
 import os
 import time
 
@@ -12,9 +11,9 @@ import pytest
 
 import kms_faults as faults
 from helpers import add_local_key, one
-from jobs import (AAD, COLUMNS, MIGRATION, TABLE, Background, aad_of, add_legacy_key, add_tokens, begin_migration, call,
-                  contents, fingerprint, job_errors, last_job, make_tokens, migrate, notices, plaintext, progress,
-                  versions, wait_until, wrong_tokens)
+from jobs import (AAD, COLUMNS, MIGRATION, TABLE, Background, aad_of, add_keys, add_legacy_key, add_tokens,
+                  begin_migration, call, contents, fingerprint, job_errors, last_job, make_tokens, migrate, notices,
+                  plaintext, progress, role, versions, wait_until, wrong_tokens)
 from sqlstate import CANCELED, INVALID_PARAMETER, NO_RIGHT, NOT_READY, UNKNOWN_KEY, UNREACHABLE, UNVERIFIED, fails
 
 TRIGGERED = "09000"
@@ -27,15 +26,10 @@ TERMINATED = "57P01"
 ROLLBACK_COLUMNS = {"encryption_version": 1, "encryption_key_id": "legacy"}
 UNTOUCHED = "provider, channel, updated_at"
 
-_roles = itertools.count(1)
-
-
 @pytest.fixture
 def database(cluster):
     """A database with a legacy key and a local KEK named default."""
-    add_legacy_key(cluster)
-    with cluster.connect() as connection:
-        add_local_key(cluster, connection, "default")
+    add_keys(cluster)
     return cluster
 
 
@@ -58,14 +52,8 @@ def aws(cluster, kms):
 @pytest.fixture
 def owner(database):
     """A plain role that may run jobs; give it a table."""
-    name = f"jobs_owner_{os.getpid()}_{next(_roles)}"
-    with database.connect() as admin:
-        admin.execute(f"CREATE ROLE {name} LOGIN")
-        admin.execute("SELECT vod_tender_crypto.grant_jobs(%s::regrole)", [name])
-    yield name
-    with database.connect() as admin:
-        admin.execute(f"DROP OWNED BY {name} CASCADE")
-        admin.execute(f"DROP ROLE {name}")
+    with role(database) as name:
+        yield name
 
 
 def all_is_well(connection, rows: int, version: int = 2) -> bool:
@@ -77,9 +65,9 @@ def all_is_well(connection, rows: int, version: int = 2) -> bool:
 
 def corrupted(connection, column: str, where: str) -> "list[str]":
     """Changes one character of the ciphertexts in `column`; gives what is stored there now."""
+    other = f"CASE substr({column}, 30, 1) WHEN 'A' THEN 'B' ELSE 'A' END"
     return [value for value, in connection.execute(f"""
-        UPDATE {TABLE} SET {column} = overlay({column} PLACING CASE substr({column}, 30, 1) WHEN 'A' THEN 'B' ELSE 'A' END
-                                              FROM 30)
+        UPDATE {TABLE} SET {column} = overlay({column} PLACING {other} FROM 30)
         WHERE {where} RETURNING {column}""").fetchall()]
 
 
@@ -448,8 +436,9 @@ def test_one_damaged_row_among_ten_thousand(database, connection):
 
 
 def test_too_many_failures_stop_it(connection):
-    make_tokens(connection, 300, direct="true")
+    make_tokens(connection, 200, direct="true")
     bad = corrupted(connection, "refresh_token", "channel LIKE 'channel1_'")
+    add_tokens(connection, 201, 300, direct="true")
     with fails(TOO_MANY_FAILED, "more than 9 rows") as caught:
         migrate(connection, max_errors=9, batch_size=20)
     assert UNVERIFIED in caught.value.diag.message_detail
@@ -668,6 +657,22 @@ def test_the_tables_owner_resumes_what_another_began(database, connection, owner
 
 
 # -- beside others -----------------------------------------------------------------------------------------------
+
+
+def test_a_running_job_stays_its_sessions_own(database, connection):
+    """Between its transactions too: it is never shown as interrupted, and nobody takes it over."""
+    make_tokens(connection, 3000)
+    with begin_migration(database, batch_size=10) as running:
+        job = wait_until(lambda: rows_done(connection) and last_job(connection).job)
+        shown, refused = set(), []
+        while len(refused) < 20 and running.running():
+            shown |= {progress(connection, job).state for _ in range(30)}
+            try:
+                call(connection, "resume", job)
+            except psycopg.Error as error:
+                refused.append(error.sqlstate)
+        assert running.join().rows_done == 3000
+    assert refused and set(refused) == {IN_USE} and shown <= {"running", "done"}, shown
 
 
 @pytest.fixture

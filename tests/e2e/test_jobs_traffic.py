@@ -434,12 +434,12 @@ def report(latencies: "dict[tuple[str, str, bool], list[float]]") -> None:
             return "-"
         return f"p50 {percentile(sample, 0.5):6.2f}  p99 {percentile(sample, 0.99):6.2f}  of {len(sample)}"
 
-    print(f"{'ms':16}{'':15}{'without a job':32}beside a job")
+    print(f"{'ms':16}{'':15}{'without a job':36}beside a job")
     beside_jobs: "dict[str, list[float]]" = {}
     for name, what in sorted({(name, what) for name, what, _ in latencies}):
         quiet, beside = (latencies.get((name, what, job), []) for job in (False, True))
         beside_jobs.setdefault(what, []).extend(beside)
-        print(f"{name:16}{what:15}{shown(quiet):32}{shown(beside)}")
+        print(f"{name:16}{what:15}{shown(quiet):36}{shown(beside)}")
     assert set(beside_jobs) == {"read", "write", "pgbench read", "pgbench write"}
     for what, sample in beside_jobs.items():
         assert len(sample) >= 100, f"only {len(sample)} of {what} beside a job"

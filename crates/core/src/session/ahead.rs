@@ -84,11 +84,8 @@ impl Session {
             return Err(Error::Unverified(Mismatch::RoundTrip));
         }
         let key = self.sealing_key(run, kek, context.clone(), fresh.dek, &fresh.wrapped, now_ms)?;
-        for bound in [0, 1] {
-            let names = [key.armored[bound].trim_end_matches(':').as_bytes(), &key.headers[bound]];
-            for name in names {
-                self.assured.put(name, &fresh.wrapped.kek_id, checked, &run.policy.limits);
-            }
+        for header in &key.headers {
+            self.assured.put(header, checked, &run.policy.limits);
         }
         self.sealing.put(&kek.name, own_context, key, &run.policy.limits);
         Ok(())

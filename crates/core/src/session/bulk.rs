@@ -3,8 +3,9 @@
 use lru::LruCache;
 use zeroize::Zeroizing;
 
+use crate::armor;
 use crate::context::Context;
-use crate::envelope::Header;
+use crate::envelope::{Header, MAGIC};
 use crate::error::{Error, Mismatch, Result};
 use crate::info::StoredUnder;
 use crate::policy::{Limits, PlaintextReads};
@@ -54,14 +55,8 @@ pub struct BulkTask<'a> {
     pub check_wraps: bool,
 }
 
-/// What is known of the headers of new values. Holds no secret.
-pub(super) struct Assured(LruCache<Box<[u8]>, Under>);
-
-struct Under {
-    kek_id: String,
-    /// Whether the key service opened the wrapped DEK.
-    checked: bool,
-}
+/// Headers of new values that were looked at, and whether the key service opened their wrapped DEK. Holds no secret.
+pub(super) struct Assured(LruCache<Box<[u8]>, bool>);
 
 impl Default for Assured {
     fn default() -> Self {
@@ -70,12 +65,20 @@ impl Default for Assured {
 }
 
 impl Assured {
-    /// Notes what is known of a header, by the name that it is looked up by: what [`head`] gives.
-    pub(super) fn put(&mut self, name: &[u8], kek_id: &str, checked: bool, limits: &Limits) {
-        while self.0.len() >= limits.cache_entries.max(1) {
-            self.0.pop_lru();
+    fn knows(&mut self, name: &[u8], task: BulkTask<'_>) -> bool {
+        self.0.get(name).is_some_and(|checked| *checked || !task.check_wraps)
+    }
+
+    /// Notes a header, in its binary form and in the one that text has.
+    pub(super) fn put(&mut self, header: &[u8], checked: bool, limits: &Limits) {
+        let armored = armor::armored_head(header);
+        for name in [header, armored.trim_end_matches(':').as_bytes()] {
+            // Two names for each.
+            while self.0.len() >= limits.cache_entries.max(1).saturating_mul(2) {
+                self.0.pop_lru();
+            }
+            self.0.put(name.into(), checked);
         }
-        self.0.put(name.into(), Under { kek_id: kek_id.to_owned(), checked });
     }
 }
 
@@ -138,10 +141,10 @@ impl Session {
         Ok(match (operation, form) {
             (BulkOperation::Migrate, Form::Other) => !value.bytes().is_empty(),
             (BulkOperation::Migrate, _) => false,
-            (BulkOperation::Rewrap, Form::Envelope(wraps)) => {
+            (BulkOperation::Rewrap, Form::Envelope(known)) => {
                 let target = run.keyring.for_encrypting(key)?;
                 let is_current = |kek_id: &str| target.provider.is_current(kek_id).unwrap_or(newest == Some(kek_id));
-                !wraps.iter().any(|(name, kek_id)| *name == target.name && is_current(kek_id))
+                !known.wraps.iter().any(|(name, kek_id)| *name == target.name && is_current(kek_id))
             }
             (_, form) => !matches!(form, Form::Other),
         })
@@ -153,13 +156,46 @@ impl Session {
             return Ok(StoredUnder { version: None, wraps: Vec::new() });
         };
         Ok(match form {
-            Form::Envelope(wraps) => StoredUnder {
+            Form::Envelope(known) => StoredUnder {
                 version: Some(2),
-                wraps: wraps.iter().map(|(key, kek_id)| (Some(key.clone()), Some(kek_id.clone()))).collect(),
+                wraps: known.wraps.iter().map(|(key, kek_id)| (Some(key.clone()), Some(kek_id.clone()))).collect(),
             },
-            Form::Literal => StoredUnder { version: Some(2), wraps: vec![(None, None)] },
+            Form::Literal(_) => StoredUnder { version: Some(2), wraps: vec![(None, None)] },
             Form::Other => StoredUnder { version: Some(self.version(run, value)?), wraps: Vec::new() },
         })
+    }
+
+    /// The KEK id of an envelope's wrap under the key, or else of its first one; `None` for what is no envelope.
+    pub fn kek_id<W>(&mut self, run: &Run<'_, W>, value: Value<'_>, key: Option<&str>) -> Result<Option<String>> {
+        let Form::Envelope(known) = self.heads.form(value, &run.policy.limits)? else { return Ok(None) };
+        let own = known.wraps.iter().find(|(name, _)| Some(name.as_str()) == key).or(known.wraps.first());
+        Ok(own.map(|(_, kek_id)| kek_id.clone()))
+    }
+
+    /// What of a value a key service must see before it can be opened or rewrapped: what [`Session::prepare_head`]
+    /// takes. `None` for what is not version 2, or malformed.
+    pub fn needed_head<W>(&mut self, run: &Run<'_, W>, value: Value<'_>) -> Result<Option<Vec<u8>>> {
+        Ok(match self.heads.form(value, &run.policy.limits) {
+            Ok(Form::Envelope(known)) => Some(known.header.to_vec()),
+            Ok(Form::Literal(blob)) => Some(blob),
+            Ok(Form::Other) | Err(_) => None,
+        })
+    }
+
+    /// Has the key service do what the operation needs for all values with this header (or this literal form's blob),
+    /// so that [`Session::convert`] and [`Session::assure`] call nothing.
+    pub fn prepare_head<W: Wait>(&mut self, run: &mut Run<'_, W>, task: BulkTask<'_>, head: &[u8]) -> Result<()> {
+        let is_header = head.starts_with(&MAGIC);
+        match task.operation {
+            BulkOperation::Migrate => Ok(()),
+            BulkOperation::Downgrade | BulkOperation::Verify if is_header => self.opened_key(run, head).map(drop),
+            BulkOperation::Downgrade | BulkOperation::Verify => self.opened_literal(run, head).map(drop),
+            BulkOperation::Rewrap if is_header => match self.rewrapped_header(run, task.key, head)? {
+                Some(fresh) => self.assure_header(run, task, &fresh).map(drop),
+                None => Ok(()),
+            },
+            BulkOperation::Rewrap => Err(Error::NotRewrappable),
+        }
     }
 
     /// Name of the KEK that encrypts, if it can be used with this context.
@@ -184,31 +220,31 @@ impl Session {
         Ok((kek.name.clone(), Some(wrapped.kek_id)))
     }
 
-    /// The KEK id that a new value is under; `None` for what is no envelope.
-    ///
-    /// With `check_wraps` the key service opens the value's wrapped DEK before that, past every cache, to what the
-    /// header commits to: a value that only this session's memory could open must not be stored. Once for each header.
-    pub fn assure<W: Wait>(
-        &mut self,
-        run: &mut Run<'_, W>,
-        task: BulkTask<'_>,
-        value: Value<'_>,
-    ) -> Result<Option<String>> {
-        let Some(head) = head(value) else { return Ok(None) };
-        if let Some(known) = self.assured.0.get(head).filter(|known| known.checked || !task.check_wraps) {
-            return Ok(Some(known.kek_id.clone()));
+    /// With `check_wraps`, has the key service open the wrapped DEK of a new value, past every cache, to what the header
+    /// commits to: a value that only this session's memory could open must not be stored. Once for each header.
+    pub fn assure<W: Wait>(&mut self, run: &mut Run<'_, W>, task: BulkTask<'_>, value: Value<'_>) -> Result<()> {
+        let Some(name) = head(value) else { return Ok(()) };
+        if self.assured.knows(name, task) {
+            return Ok(());
         }
-        let Stored::Envelope { header, .. } = Stored::parse(value)? else { return Ok(None) };
+        let Stored::Envelope { header, .. } = Stored::parse(value)? else { return Ok(()) };
+        self.assure_header(run, task, &header)
+    }
+
+    fn assure_header<W: Wait>(&mut self, run: &mut Run<'_, W>, task: BulkTask<'_>, header: &[u8]) -> Result<()> {
+        if self.assured.knows(header, task) {
+            return Ok(());
+        }
         let target = run.keyring.for_encrypting(task.key)?;
-        let parsed = Header::parse(&header)?;
+        let parsed = Header::parse(header)?;
         let wrap = parsed.wraps.iter().find(|wrap| wrap.key_name == target.name);
         let wrap = wrap.ok_or(Error::Unverified(Mismatch::RoundTrip))?;
         if task.check_wraps {
             let wrapped = WrappedRef { kek_id: Some(wrap.kek_id), bytes: wrap.wrapped_dek };
             unwrap_one(run, wrap.key_name, wrapped, &parsed)?;
         }
-        self.assured.put(head, wrap.kek_id, task.check_wraps, &run.policy.limits);
-        Ok(Some(wrap.kek_id.to_owned()))
+        self.assured.put(header, task.check_wraps, &run.policy.limits);
+        Ok(())
     }
 }
 

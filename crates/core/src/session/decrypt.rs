@@ -50,6 +50,10 @@ impl Session {
         sink: &mut dyn Sink,
     ) -> Result<ReadAs> {
         check_version(reading.version)?;
+        if let (None | Some(2), Some((header, payload))) = (reading.version, self.heads.known(value)?) {
+            let opened = self.opened_key(run, &header)?;
+            return self.open_envelope(&opened, &header, &payload, reading, value.kind(), sink);
+        }
         match Stored::parse(value)? {
             Stored::Other(value) => self.read_other(run, value, reading.version, Plain::ByPolicy, sink),
             _ if matches!(reading.version, Some(0 | 1)) => {
@@ -57,6 +61,7 @@ impl Session {
             }
             Stored::Envelope { header, payload } => {
                 let opened = self.opened_key(run, &header)?;
+                self.heads.remember(value, &header, &run.policy.limits)?;
                 self.open_envelope(&opened, &header, &payload, reading, value.kind(), sink)
             }
             Stored::Literal { blob, payload } => {
@@ -167,7 +172,7 @@ impl Session {
     }
 
     /// The DEK of a header: out of the cache, or through the first wrap that opens.
-    fn opened_key<W: Wait>(&mut self, run: &mut Run<'_, W>, header: &[u8]) -> Result<Rc<OpenedKey>> {
+    pub(super) fn opened_key<W: Wait>(&mut self, run: &mut Run<'_, W>, header: &[u8]) -> Result<Rc<OpenedKey>> {
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
         if let Some(opened) = self.opened.get(header, now, &limits, &mut self.stats) {
@@ -193,7 +198,7 @@ impl Session {
     }
 
     /// The DEK of a literal form, which names no KEK: the default one is asked.
-    fn opened_literal<W: Wait>(&mut self, run: &mut Run<'_, W>, blob: &[u8]) -> Result<Rc<OpenedKey>> {
+    pub(super) fn opened_literal<W: Wait>(&mut self, run: &mut Run<'_, W>, blob: &[u8]) -> Result<Rc<OpenedKey>> {
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
         if let Some(opened) = self.opened.get(blob, now, &limits, &mut self.stats) {

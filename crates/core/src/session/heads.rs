@@ -1,5 +1,6 @@
 //! What the headers of stored envelopes say, remembered: a table has many values for each header.
 
+use std::borrow::Cow;
 use std::rc::Rc;
 
 use lru::LruCache;
@@ -11,20 +12,29 @@ use crate::policy::Limits;
 use crate::stored::{Stored, Value, head};
 
 /// A wrap's key name and KEK id.
-pub type Under = (String, String);
+pub(super) type Under = (String, String);
 
 /// What a value is, without a key.
-pub enum Form {
-    /// An envelope with these wraps.
-    Envelope(Rc<[Under]>),
-    /// The literal form.
-    Literal,
+pub(super) enum Form {
+    /// An envelope.
+    Envelope(Known),
+    /// The literal form, and its blob.
+    Literal(Vec<u8>),
     /// Not version 2.
     Other,
 }
 
-/// Wraps by header, as stored. Holds no secret.
-pub(super) struct Heads(LruCache<Box<[u8]>, Rc<[Under]>>);
+/// What is known of a header.
+#[derive(Clone)]
+pub(super) struct Known {
+    /// Its wraps.
+    pub wraps: Rc<[Under]>,
+    /// The header, decoded.
+    pub header: Rc<[u8]>,
+}
+
+/// Headers by their stored form. Holds no secret.
+pub(super) struct Heads(LruCache<Box<[u8]>, Known>);
 
 impl Default for Heads {
     fn default() -> Self {
@@ -35,25 +45,45 @@ impl Default for Heads {
 impl Heads {
     /// The form of a value; an error for what begins as version 2 and is malformed.
     pub(super) fn form(&mut self, value: Value<'_>, limits: &Limits) -> Result<Form> {
-        let known = head(value).and_then(|head| self.0.get(head).map(|wraps| (head.len(), Rc::clone(wraps))));
-        if let Some((length, wraps)) = known {
+        let known = head(value).and_then(|head| self.0.get(head).map(|known| (head.len(), known.clone())));
+        if let Some((length, known)) = known {
             check_payload(value, length)?;
-            return Ok(Form::Envelope(wraps));
+            return Ok(Form::Envelope(known));
         }
         let header = match Stored::parse(value)? {
             Stored::Envelope { header, .. } => header,
-            Stored::Literal { .. } => return Ok(Form::Literal),
+            Stored::Literal { blob, .. } => return Ok(Form::Literal(blob)),
             Stored::Other(_) => return Ok(Form::Other),
         };
+        self.remember(value, &header, limits).map(Form::Envelope)
+    }
+}
+
+impl Heads {
+    /// Header and payload of an envelope whose header was seen before, without decoding it again. `None` for all other
+    /// values.
+    pub(super) fn known<'a>(&mut self, value: Value<'a>) -> Result<Option<(Rc<[u8]>, Cow<'a, [u8]>)>> {
+        let Some(head) = head(value) else { return Ok(None) };
+        let Some(known) = self.0.get(head) else { return Ok(None) };
+        let payload = match value {
+            Value::Text(text) => Cow::Owned(armor::decode_payload(&text[head.len() + 1..])?),
+            Value::Bytes(bytes) => Cow::Borrowed(&bytes[head.len()..]),
+        };
+        Ok(Some((Rc::clone(&known.header), payload)))
+    }
+
+    /// Remembers the header of an envelope.
+    pub(super) fn remember(&mut self, value: Value<'_>, header: &[u8], limits: &Limits) -> Result<Known> {
         let under = |wrap: &Wrap<'_>| (wrap.key_name.to_owned(), wrap.kek_id.to_owned());
-        let wraps: Rc<[Under]> = Header::parse(&header)?.wraps.iter().map(under).collect();
+        let wraps = Header::parse(header)?.wraps.iter().map(under).collect();
+        let known = Known { wraps, header: header.into() };
         if let Some(head) = head(value) {
             while self.0.len() >= limits.cache_entries.max(1) {
                 self.0.pop_lru();
             }
-            self.0.put(head.into(), Rc::clone(&wraps));
+            self.0.put(head.into(), known.clone());
         }
-        Ok(Form::Envelope(wraps))
+        Ok(known)
     }
 }
 

@@ -7,7 +7,7 @@ use lru::LruCache;
 
 use crate::armor;
 use crate::cache::is_young;
-use crate::envelope::{Header, Wrap};
+use crate::envelope::{COMMITMENT_BYTES, Header, Wrap};
 use crate::error::{Error, Result};
 use crate::keyring::Kek;
 use crate::policy::Limits;
@@ -33,25 +33,38 @@ impl Session {
             Stored::Literal { .. } => return Err(Error::NotRewrappable),
             Stored::Other(_) => return Err(crate::error::Malformed("not an envelope").into()),
         };
-        let header = Header::parse(&header)?;
+        let Some(header) = self.rewrapped_header(run, key, &header)? else {
+            return copy(value.bytes(), sink).map(|()| false);
+        };
+        write(value.kind(), &header, &payload, sink)?;
+        self.stats.deks_rewrapped += 1;
+        Ok(true)
+    }
+
+    /// The header with its DEK under the KEK `key`; `None` when it is there already.
+    pub(super) fn rewrapped_header<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        key: Option<&str>,
+        header: &[u8],
+    ) -> Result<Option<Vec<u8>>> {
+        let header = Header::parse(header)?;
         let target = run.keyring.for_encrypting(key)?;
         if target.requires_context && !header.context.includes(&target.context) {
             return Err(Error::KeyContext(target.name.clone()));
         }
         let own = header.wraps.iter().position(|wrap| wrap.key_name == target.name);
         if own.is_some_and(|own| self.is_current(run, target, header.wraps[own].kek_id)) {
-            return copy(value.bytes(), sink).map(|()| false);
+            return Ok(None);
         }
         let (source, fresh) = self.rewrapped(run, target, &header, own)?;
         if own == Some(source) && header.wraps[source].kek_id == fresh.kek_id {
-            return copy(value.bytes(), sink).map(|()| false);
+            return Ok(None);
         }
         let mut wraps = header.wraps.clone();
         wraps[own.unwrap_or(source)] =
             Wrap { key_name: &target.name, kek_id: &fresh.kek_id, wrapped_dek: &fresh.bytes };
-        write(value.kind(), &header.with_wraps(&wraps)?, &payload, sink)?;
-        self.stats.deks_rewrapped += 1;
-        Ok(true)
+        header.with_wraps(&wraps).map(Some)
     }
 
     fn is_current<W>(&mut self, run: &Run<'_, W>, target: &Kek, kek_id: &str) -> bool {
@@ -95,7 +108,8 @@ impl Session {
         let source = usable_kek(run, wrap.key_name, &header.context)?;
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
-        let known = self.rewraps.get(&target.name, wrap, now, &limits).filter(|_| !must_check);
+        let commitment = must_check.then_some(header.commitment);
+        let known = self.rewraps.get(&target.name, wrap, commitment, now, &limits);
         // What was learned before the target's key was replaced is of no use.
         if let Some(known) = known.filter(|known| target.provider.is_current(&known.kek_id) != Some(false)) {
             return Ok(known.clone());
@@ -114,7 +128,7 @@ impl Session {
                 run.call(target, target.provider.wrap(&dek, &header.context))?
             }
         };
-        self.rewraps.put(&target.name, wrap, &fresh, now, &limits);
+        self.rewraps.put(&target.name, wrap, commitment, &fresh, now, &limits);
         Ok(fresh)
     }
 }
@@ -165,21 +179,42 @@ impl RewrapMemo {
         is_young(*born_ms, now_ms, limits).then_some(kek_id)
     }
 
-    fn get(&mut self, target: &str, wrap: &Wrap<'_>, now_ms: u64, limits: &Limits) -> Option<&WrappedDek> {
-        let (fresh, born_ms) = self.moved.get(&name(target, wrap))?;
+    fn get(
+        &mut self,
+        target: &str,
+        wrap: &Wrap<'_>,
+        commitment: Option<&[u8; COMMITMENT_BYTES]>,
+        now_ms: u64,
+        limits: &Limits,
+    ) -> Option<&WrappedDek> {
+        let (fresh, born_ms) = self.moved.get(&name(target, wrap, commitment))?;
         is_young(*born_ms, now_ms, limits).then_some(fresh)
     }
 
-    fn put(&mut self, target: &str, wrap: &Wrap<'_>, fresh: &WrappedDek, now_ms: u64, limits: &Limits) {
+    fn put(
+        &mut self,
+        target: &str,
+        wrap: &Wrap<'_>,
+        commitment: Option<&[u8; COMMITMENT_BYTES]>,
+        fresh: &WrappedDek,
+        now_ms: u64,
+        limits: &Limits,
+    ) {
         let capacity = NonZeroUsize::new(limits.cache_entries).unwrap_or(NonZeroUsize::MIN);
         while self.moved.len() >= capacity.get() {
             self.moved.pop_lru();
         }
-        self.moved.put(name(target, wrap), (fresh.clone(), now_ms));
+        self.moved.put(name(target, wrap, commitment), (fresh.clone(), now_ms));
         self.newest.insert(target.to_owned(), (fresh.kek_id.clone(), now_ms));
     }
 }
 
-fn name(target: &str, wrap: &Wrap<'_>) -> Box<[u8]> {
-    [target.as_bytes(), b"\0", wrap.key_name.as_bytes(), b"\0", wrap.wrapped_dek].concat().into()
+/// What was seen to hold the DEK that a header commits to has another name than what was moved unseen.
+fn name(target: &str, wrap: &Wrap<'_>, commitment: Option<&[u8; COMMITMENT_BYTES]>) -> Box<[u8]> {
+    let commitment = commitment.map_or(&[][..], |commitment| &commitment[..]);
+    let parts = [target.as_bytes(), wrap.key_name.as_bytes(), commitment, wrap.wrapped_dek];
+    let lengths = parts.iter().map(|part| part.len() as u32);
+    let mut name: Vec<u8> = lengths.flat_map(u32::to_be_bytes).collect();
+    parts.iter().for_each(|part| name.extend_from_slice(part));
+    name.into()
 }

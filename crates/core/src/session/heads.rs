@@ -14,6 +14,9 @@ use crate::stored::{Stored, Value, head};
 /// A wrap's key name and KEK id.
 pub(super) type Under = (String, String);
 
+/// Header and payload of a value.
+type KnownParts<'a> = (Rc<[u8]>, Cow<'a, [u8]>);
+
 /// What a value is, without a key.
 pub(super) enum Form {
     /// An envelope.
@@ -62,7 +65,7 @@ impl Heads {
 impl Heads {
     /// Header and payload of an envelope whose header was seen before, without decoding it again. `None` for all other
     /// values.
-    pub(super) fn known<'a>(&mut self, value: Value<'a>) -> Result<Option<(Rc<[u8]>, Cow<'a, [u8]>)>> {
+    pub(super) fn known<'a>(&mut self, value: Value<'a>) -> Result<Option<KnownParts<'a>>> {
         let Some(head) = head(value) else { return Ok(None) };
         let Some(known) = self.0.get(head) else { return Ok(None) };
         let payload = match value {

@@ -83,7 +83,7 @@ BEGIN
         PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
         failed_with := NULL;
         BEGIN
-            IF NOT vod_tender_crypto.job_hold(j) THEN
+            IF NOT vod_tender_crypto.job_goes_on(j) THEN
                 pause := 0;
                 phase := 'stop';
             END IF;
@@ -198,7 +198,8 @@ BEGIN
                 PERFORM vod_tender_crypto.job_note(j);
                 phase := 'end';
             END IF;
-        EXCEPTION WHEN OTHERS THEN
+        -- A cancel too: the job says why it ended, and its lock goes.
+        EXCEPTION WHEN query_canceled OR OTHERS THEN
             GET STACKED DIAGNOSTICS failed_with = RETURNED_SQLSTATE, failed_message = MESSAGE_TEXT,
                 failed_detail = PG_EXCEPTION_DETAIL, failed_hint = PG_EXCEPTION_HINT;
         END;
@@ -213,10 +214,14 @@ BEGIN
             pause := least(30, 0.5 * 2 ^ least(throttles, 10)) * (0.5 + random() / 2);
         ELSE
             PERFORM vod_tender_crypto.job_fail(j, failed_with, failed_message);
+            PERFORM vod_tender_crypto.job_unlock(j.job);
             COMMIT;
             RAISE EXCEPTION USING ERRCODE = failed_with,
                 MESSAGE = format('job %s stopped: %s', j.job, failed_message), DETAIL = failed_detail,
                 HINT = concat_ws(' ', nullif(failed_hint, ''), format('CALL vod_tender_crypto.resume(%s) continues the job.', j.job));
+        END IF;
+        IF phase = 'end' THEN
+            PERFORM vod_tender_crypto.job_unlock(j.job);
         END IF;
         COMMIT;
         EXIT WHEN phase = 'end';

@@ -4,19 +4,43 @@
 --   write    converts, checks and writes the rows that nobody else has locked, and asks no key service.
 SET LOCAL search_path = pg_catalog, pg_temp;
 
--- Takes the job for this transaction, waiting for a stop() that is just being noted. False when it was asked to stop.
-CREATE FUNCTION vod_tender_crypto.job_hold(j vod_tender_crypto.job) RETURNS boolean
+-- Whoever runs a job holds an advisory lock of its session's, from beginning to end. It goes with the session, however
+-- that ends. False when another session has it.
+CREATE FUNCTION vod_tender_crypto.job_lock(job_id bigint) RETURNS boolean
+    LANGUAGE plpgsql VOLATILE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    -- A cancelled run may have left it in this session; it is held once.
+    RETURN EXISTS (
+        SELECT FROM pg_locks l
+        WHERE l.pid = pg_backend_pid() AND l.locktype = 'advisory' AND l.objsubid = 2
+          AND l.classid = (vod_tender_crypto.job_lock_class()::bigint & 4294967295)::oid AND l.objid = job_lock.job_id::oid
+    ) OR pg_try_advisory_lock(vod_tender_crypto.job_lock_class(), job_lock.job_id::integer);
+END
+$$;
+
+CREATE FUNCTION vod_tender_crypto.job_unlock(job_id bigint) RETURNS void
+    LANGUAGE plpgsql VOLATILE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    PERFORM pg_advisory_unlock(vod_tender_crypto.job_lock_class(), job_unlock.job_id::integer);
+END
+$$;
+
+-- Whether the run goes on. False when it was asked to stop.
+CREATE FUNCTION vod_tender_crypto.job_goes_on(j vod_tender_crypto.job) RETURNS boolean
     LANGUAGE plpgsql VOLATILE
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     current vod_tender_crypto.job;
 BEGIN
-    PERFORM pg_advisory_xact_lock(vod_tender_crypto.job_lock_class(), (job_hold.j).job::integer);
-    SELECT * INTO current FROM vod_tender_crypto.job o WHERE o.job = (job_hold.j).job;
-    IF NOT FOUND OR current.run <> (job_hold.j).run THEN
+    SELECT * INTO current FROM vod_tender_crypto.job o WHERE o.job = (job_goes_on.j).job;
+    IF NOT FOUND OR current.run <> (job_goes_on.j).run THEN
         RAISE EXCEPTION USING ERRCODE = 'object_in_use',
-            MESSAGE = format('job %s was taken over by another session', (job_hold.j).job);
+            MESSAGE = format('job %s was taken over by another session', (job_goes_on.j).job);
     END IF;
     RETURN NOT current.stop_requested;
 END
@@ -30,7 +54,7 @@ AS $$
 DECLARE
     taken vod_tender_crypto.job;
 BEGIN
-    IF NOT pg_try_advisory_xact_lock(vod_tender_crypto.job_lock_class(), job_take.job_id::integer) THEN
+    IF NOT vod_tender_crypto.job_lock(job_take.job_id) THEN
         RAISE EXCEPTION USING ERRCODE = 'object_in_use',
             MESSAGE = format('job %s is being run by another session', job_take.job_id),
             HINT = 'vod_tender_crypto.job_progress shows how far it is; stop() ends it.';
@@ -45,6 +69,7 @@ BEGIN
     WHERE o.job = job_take.job_id
     RETURNING * INTO taken;
     IF NOT FOUND THEN
+        PERFORM vod_tender_crypto.job_unlock(job_take.job_id);
         RAISE EXCEPTION USING ERRCODE = 'undefined_object',
             MESSAGE = format('there is no job %s', job_take.job_id),
             HINT = 'Jobs are in vod_tender_crypto.job: those on tables that you own.';

@@ -70,20 +70,36 @@ ALTER TABLE vod_tender_crypto.job_error ENABLE ROW LEVEL SECURITY;
 CREATE POLICY owner ON vod_tender_crypto.job_error
     USING (EXISTS (SELECT FROM vod_tender_crypto.job j WHERE j.job = job_error.job));
 
--- The advisory lock of a job's transactions; its two keys.
+-- The class of the advisory lock that whoever runs a job holds; the object is the job.
 CREATE FUNCTION vod_tender_crypto.job_lock_class() RETURNS integer
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
 RETURN hashtext('vod_tender_crypto.job');
 
+-- The state of a job that its row says is running: whether a session has its lock. A job is unlocked after its last state
+-- was committed, so that state is looked up once more (a VOLATILE function sees what was committed meanwhile).
+CREATE FUNCTION vod_tender_crypto.job_state(job_id bigint, state text) RETURNS text
+    LANGUAGE plpgsql VOLATILE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    now_state text;
+BEGIN
+    IF job_state.state <> 'running' OR EXISTS (
+        SELECT FROM pg_locks l
+        WHERE l.locktype = 'advisory' AND l.objsubid = 2
+          AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+          AND l.classid = (vod_tender_crypto.job_lock_class()::bigint & 4294967295)::oid
+          AND l.objid = job_state.job_id::oid)
+    THEN
+        RETURN job_state.state;
+    END IF;
+    SELECT j.state INTO now_state FROM vod_tender_crypto.job j WHERE j.job = job_state.job_id;
+    RETURN CASE now_state WHEN 'running' THEN 'interrupted' ELSE now_state END;
+END
+$$;
+
 CREATE VIEW vod_tender_crypto.job_progress WITH (security_invoker = true) AS
-SELECT j.job, j.operation, j.target, j.columns,
-       CASE WHEN j.state = 'running' AND NOT EXISTS (
-               SELECT FROM pg_locks l
-               WHERE l.locktype = 'advisory' AND l.objsubid = 2
-                 AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-                 AND l.classid = (vod_tender_crypto.job_lock_class()::bigint & 4294967295)::oid
-                 AND l.objid = (j.job & 4294967295)::oid)
-            THEN 'interrupted' ELSE j.state END AS state,
+SELECT j.job, j.operation, j.target, j.columns, vod_tender_crypto.job_state(j.job, j.state) AS state,
        j.pass, j.rows_done, j.rows_failed,
        coalesce(j.rows_left, greatest(j.run_rows_due - j.run_rows_done, 0)) AS rows_left,
        round(speed.rows_per_second, 1) AS rows_per_second,

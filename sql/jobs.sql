@@ -110,6 +110,8 @@ BEGIN
     VALUES (j.operation, j.target, j.columns, j.key, j.newest_kek_id, j.context, j.aads, j.version, j.set_columns,
         j.where_clause, j.batch_size, j.max_rows_per_second, j.percent, j.max_errors, j.triggers, j.check_wraps, j.dry_run)
     RETURNING job.job INTO j.job;
+    -- From now on it runs, as others see it.
+    PERFORM vod_tender_crypto.job_lock(j.job);
     RETURN j.job;
 END
 $$;

@@ -8,8 +8,8 @@ import psycopg
 import pytest
 
 from cluster import Cluster
-from helpers import add_local_key, new_key, one
-from jobs import (AAD, COLUMNS, MIGRATION, TABLE, add_keys, add_tokens, call, contents, job_errors, last_job,
+from helpers import add_local_key, one
+from jobs import (AAD, COLUMNS, MIGRATION, TABLE, add_keys, call, contents, job_errors, last_job,
                   make_tokens, migrate, notices, role, versions, wait_until, wrong_tokens)
 from sqlstate import INVALID_PARAMETER, MALFORMED_BYTEA, NO_RIGHT, NOT_READY, UNKNOWN_KEY, UNVERIFIED, detail, fails
 
@@ -85,13 +85,13 @@ def test_partitions_of_any_layout(connection):
     assert job.state == "done" and 80 < part < 150 and count(connection, "envelope_version(token) = 2") == part
     job = call(connection, "migrate", "t")
     assert (job.state, job.rows_done + part, job.rows_left, job.target) == ("done", 198, 2, "t")
-    assert count(connection, "envelope_decrypt(token, aad => id || '/' || kind) = 'token' || id") == 198 + 0
+    assert count(connection, "envelope_decrypt(token, aad => id || '/' || kind) = 'token' || id") == 198
     assert connection.execute("SELECT tableoid::regclass::text, id, kind FROM t ORDER BY id").fetchall() == spread
     failed = connection.execute("""SELECT relation::text, row_key->'id' FROM vod_tender_crypto.job_error
                                    WHERE job = %s ORDER BY 2""", [job.job]).fetchall()
     assert failed == [(spread[49][0], 50), ("t_rest", 150)]
-    rows = connection.execute("""SELECT relation::text, registered, sum(value_count)::int FROM vod_tender_crypto.census('t')
-                                 WHERE version = 2 GROUP BY 1, 2""").fetchall()
+    rows = connection.execute("""SELECT relation::text, registered, sum(value_count)::int
+                                 FROM vod_tender_crypto.census('t') WHERE version = 2 GROUP BY 1, 2""").fetchall()
     assert len(rows) == 3 and all(registered for _, registered, _ in rows) and sum(n for _, _, n in rows) == 198
 
 
@@ -117,7 +117,8 @@ def test_children_by_inheritance(connection):
         INSERT INTO v SELECT g, envelope_encrypt('token' || g) FROM generate_series(31, 60) g""")
     job = call(connection, "migrate", "t", columns=["token"], aad="id::text")
     assert (job.state, job.rows_done, job.rows_left) == ("done", 60, 0)
-    assert count(connection, "envelope_version(token) = 2 AND envelope_decrypt(token, aad => id::text) = 'token' || id") == 60
+    assert count(connection, "envelope_version(token) = 2") == 60
+    assert count(connection, "envelope_decrypt(token, aad => id::text) = 'token' || id") == 60
     assert connection.execute("SELECT * FROM vod_tender_crypto.verify('t')").fetchall() == []
 
 
@@ -138,7 +139,8 @@ def test_primary_keys_of_any_kind(connection, definition, key):
     (row_key, column, state), = job_errors(connection, job.job)
     expected = one(connection, f"SELECT to_jsonb(k) FROM (SELECT {', '.join(key)} FROM t WHERE tenant = 7) k")
     assert row_key == expected and (column, state) == ("token", "22P02")
-    assert count(connection, "tenant <> 7 AND envelope_decrypt(token, aad => id || '/' || tenant) = 'token' || tenant") == 199
+    opened = "envelope_decrypt(token, aad => id || '/' || tenant) = 'token' || tenant"
+    assert count(connection, f"tenant <> 7 AND {opened}") == 199
 
 
 @pytest.mark.parametrize("unique", ["", "; CREATE UNIQUE INDEX ON t (id)"])
@@ -167,6 +169,9 @@ def test_temporary_and_unlogged_tables(connection):
         connection.execute("DROP TABLE t")
 
 
+# The function of a trigger that changes nothing: a table with one is watched for changes by triggers.
+SAME = "CREATE FUNCTION public.same() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'"
+
 ODD_NAMES = ['To"k en', "{column}", "it's", "select", "%s%I$1", "tid", "t", "n0", "{kek_id}", "ünï"]
 
 
@@ -179,8 +184,8 @@ def test_odd_names(connection, guarded):
         CREATE TABLE {name} ("Key col'" int PRIMARY KEY, "l" text DEFAULT 'l', "KEK id {{kek_id}}" text,
                              {", ".join(f"{column} text" for column in quoted)})""")
     if guarded:
-        connection.execute(f"""CREATE FUNCTION public.same() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
-            CREATE TRIGGER "t" BEFORE UPDATE ON {name} FOR EACH ROW EXECUTE FUNCTION public.same()""")
+        connection.execute(f"""{SAME}; CREATE TRIGGER "t" BEFORE UPDATE ON {name}
+                                       FOR EACH ROW EXECUTE FUNCTION public.same()""")
     direct(connection, f"""INSERT INTO {name} ("Key col'", {", ".join(quoted)})
         SELECT g, {", ".join(f"envelope_encrypt('token {at} ' || g)" for at in range(len(quoted)))}
         FROM generate_series(1, 30) g""")
@@ -197,21 +202,19 @@ def test_odd_names(connection, guarded):
         assert count(connection, f""" "Key col'" < 31 AND {opened}""", name) == 30, odd
     noted = f""""KEK id {{kek_id}}" = 'it''s \\ ' || (envelope_info("select")->>'kek_id')"""
     assert count(connection, noted, name) == 30
-    bad, = connection.execute("SELECT row_key, column_name, sqlstate FROM vod_tender_crypto.verify(%s)", [name]).fetchall()
-    assert bad == ({"Key col'": 31}, "t", "22P02")
+    assert verified(connection, name) == [({"Key col'": 31}, "t", "22P02")]
     assert one(connection, "SELECT sum(value_count) FROM vod_tender_crypto.census() WHERE version = 2") == 300
     call(connection, "downgrade", name, where_clause="""not "t" like '%broken'""")
     assert count(connection, """envelope_version("it's") = 1""", name) == 30
 
 
 def test_generated_columns_follow(connection):
-    connection.execute("""CREATE FUNCTION same() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
-        CREATE TABLE t (id int PRIMARY KEY, token text,
+    connection.execute("""CREATE TABLE t (id int PRIMARY KEY, token text,
         size int GENERATED ALWAYS AS (length(token)) STORED, head text GENERATED ALWAYS AS (left(token, 7)) STORED)""")
     direct(connection, "INSERT INTO t SELECT g, envelope_encrypt('token' || g) FROM generate_series(1, 20) g")
     assert call(connection, "migrate", "t", columns=["token"], aad="id::text").rows_done == 20
     assert count(connection, "head = 'kms:v2:' AND size = length(token)") == 20
-    connection.execute("CREATE TRIGGER same BEFORE UPDATE ON t FOR EACH ROW EXECUTE FUNCTION same()")
+    connection.execute(f"{SAME}; CREATE TRIGGER same BEFORE UPDATE ON t FOR EACH ROW EXECUTE FUNCTION same()")
     assert call(connection, "downgrade", "t").rows_done == 20
     assert count(connection, "head <> 'kms:v2:' AND size = length(token)") == 20
 
@@ -232,7 +235,7 @@ def test_bytea_and_text_side_by_side(database, connection):
     opened = " AND ".join([f"envelope_decrypt({c}, aad => id || '{c}') = ('{c}-' || id)::bytea" for c in ["b1", "b2"]]
                           + [f"envelope_decrypt({c}, aad => id || '{c}') = '{c}-' || id" for c in ["a", "c"]])
     assert count(connection, f"id NOT IN (9, 10, 11) AND {opened} AND kek = envelope_info(b1)->>'kek_id'") == 47
-    assert connection.execute("SELECT b2, c::text, envelope_version(a) FROM t WHERE id = 10").fetchone() == (None, "", 2)
+    assert count(connection, "id = 10 AND b2 IS NULL AND c = '' AND envelope_version(a) = 2") == 1
     add_local_key(database, connection, "second", default=False)
     payloads = "SELECT id, substr(b1, length(b1) - 20), split_part(a, ':', 4) FROM t ORDER BY id"
     before = connection.execute(payloads).fetchall()
@@ -246,7 +249,7 @@ def test_bytea_and_text_side_by_side(database, connection):
 
 def test_a_column_too_short_for_some_values(connection):
     connection.execute("CREATE TABLE t (id int PRIMARY KEY, token varchar(400))")
-    direct(connection, """INSERT INTO t SELECT g, envelope_encrypt(repeat('x', CASE WHEN g % 10 = 0 THEN 180 ELSE 5 END))
+    direct(connection, """INSERT INTO t SELECT g, envelope_encrypt(repeat('x', CASE g % 10 WHEN 0 THEN 180 ELSE 5 END))
                           FROM generate_series(1, 100) g""")
     before = connection.execute("SELECT ctid, * FROM t WHERE id % 10 = 0 ORDER BY id").fetchall()
     job = call(connection, "migrate", "t", columns=["token"])
@@ -270,7 +273,7 @@ def test_a_constraint_that_one_row_breaks(connection):
     assert job_errors(connection, job.job) == [({"id": 42}, "*", CHECK_VIOLATED)]
     assert count(connection, "id <> 42 AND envelope_decrypt(token, aad => id::text) = 'token' || id AND note = 2"
                              " AND envelope_decrypt(b, aad => id::text) = ('b' || id)::bytea") == 99
-    assert count(connection, "id = 42 AND note IS NULL AND envelope_version(b) = 1 AND envelope_version(token) = 1") == 1
+    assert count(connection, "id = 42 AND note IS NULL AND envelope_version(b) + envelope_version(token) = 2") == 1
 
 
 def test_large_values(connection):
@@ -278,7 +281,7 @@ def test_large_values(connection):
                           ALTER TABLE t ALTER note SET STORAGE EXTERNAL""")
     direct(connection, """INSERT INTO t SELECT g, envelope_encrypt(string), envelope_encrypt(string::bytea), string
         FROM generate_series(1, 12) g, LATERAL (SELECT repeat(md5(g::text), 100000 / g) AS string) s""")
-    assert one(connection, "SELECT pg_relation_size(reltoastrelid) FROM pg_class WHERE oid = 't'::regclass") > 10_000_000
+    assert count(connection, "oid = 't'::regclass AND pg_relation_size(reltoastrelid) > 10000000", "pg_class") == 1
     assert call(connection, "migrate", "t", columns=["token", "b"], aad="id::text || '{column}'").rows_done == 12
     opened = """envelope_decrypt(token, aad => id || 'token') = note
                 AND envelope_decrypt(b, aad => id || 'b') = note::bytea AND length(note) = 32 * (100000 / id)"""
@@ -323,9 +326,8 @@ def test_what_is_no_local_table(connection):
         CREATE FOREIGN TABLE p2 PARTITION OF p FOR VALUES IN (2) SERVER nowhere;
         CREATE TABLE h (id int, token text);
         CREATE FOREIGN TABLE h2 () INHERITS (h) SERVER nowhere""")
-    for name, saying in [("v", "is not a table"), ("m", "is not a table"), ("s", "is not a table"), ("i", "is not a table"),
-                         ("c", "is not a table"), ("f", "is not a table"), ("p", "partition p2 is a foreign table"),
-                         ("h", "h2 is a foreign table")]:
+    for name, saying in [*((name, f"{name} is not a table") for name in "vmsicf"),
+                         ("p", "partition p2 is a foreign table"), ("h", "h2 is a foreign table")]:
         for procedure in ["migrate", "rewrap_table", "downgrade"]:
             with fails(WRONG_KIND):
                 call(connection, procedure, name, columns=["token"])
@@ -370,7 +372,8 @@ def guinea_pig(connection):
         CREATE SEQUENCE trace;
         CREATE FUNCTION trap(text) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS
             $$ SELECT nextval('public.trace'::text::regclass) > 0 $$;
-        CREATE FUNCTION trap(text, text) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS 'SELECT public.trap($1)';
+        CREATE FUNCTION trap(text, text) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS
+            'SELECT public.trap($1)';
         CREATE DOMAIN trapped AS text CHECK (trap(VALUE));
         CREATE TYPE holder AS (what trapped);
         CREATE OPERATOR === (LEFTARG = text, RIGHTARG = text, FUNCTION = trap)""")
@@ -438,7 +441,6 @@ EVERYWHERE = [
     ("xmin::text", "42P10"),
     ("tableoid::regclass::text", NOT_SUPPORTED),
     ("t::text", NOT_SUPPORTED),
-    ("(t).provider", None),
     ("t.*::text", NOT_SUPPORTED),
     ("nope", NO_COLUMN),
     ("other.provider", "42P01"),
@@ -469,14 +471,12 @@ def test_literals_and_casts_that_would_call_a_users_function(guinea_pig, express
 
 
 def test_aads_that_would_not_stay_the_same(guinea_pig):
-    for expression, state in [
-        ("token", NOT_IMMUTABLE), ("provider || note", NOT_IMMUTABLE), ("g", NOT_IMMUTABLE), ("provider || id", NOT_IMMUTABLE),
-        ("now()::text", NOT_IMMUTABLE), ("id::text || current_date::text", NOT_IMMUTABLE), ("concat(provider, id)", NOT_IMMUTABLE),
-        ("noted::text", NOT_IMMUTABLE), ("format('%s', id)", NOT_IMMUTABLE), ("current_user::text", NOT_IMMUTABLE),
-        ("to_char(id, '9')", NOT_IMMUTABLE), ("current_setting('work_mem')", NOT_IMMUTABLE), ("to_jsonb(noted)::text", NOT_IMMUTABLE),
-        ("id", WRONG_TYPE), ("id > 0", WRONG_TYPE), ("provider::bytea", WRONG_TYPE), ("ARRAY[provider]", WRONG_TYPE),
-    ]:
-        assert refused(guinea_pig, aad=expression) == state, expression
+    for expression in ["token", "provider || note", "g", "provider || id", "now()::text", "concat(provider, id)",
+                       "id::text || current_date::text", "noted::text", "format('%s', id)", "current_user::text",
+                       "to_char(id, '9')", "current_setting('work_mem')", "to_jsonb(noted)::text"]:
+        assert refused(guinea_pig, aad=expression) == NOT_IMMUTABLE, expression
+    for expression in ["id", "id > 0", "provider::bytea", "ARRAY[provider]"]:
+        assert refused(guinea_pig, aad=expression) == WRONG_TYPE, expression
 
 
 def test_expressions_of_the_wrong_type(guinea_pig):
@@ -486,57 +486,77 @@ def test_expressions_of_the_wrong_type(guinea_pig):
             assert refused(guinea_pig, **{argument: expression}) == WRONG_TYPE, (argument, expression)
 
 
-def test_expressions_that_are_fine(connection):
-    connection.execute("""CREATE TABLE t (id bigint PRIMARY KEY, provider varchar(20), at timestamptz, v smallint DEFAULT 1,
+@pytest.mark.parametrize("aad, where", [
+    ("id::text -- the key", "at < now() -- old"),
+    ("provider || '/' || id::text || '/{column}'", "provider ~ '^p' AND id > 0"),
+    ("CASE WHEN id > 5 THEN 'a' ELSE provider END", "coalesce(at IS NOT NULL, false)"),
+    ("provider", "true"),
+    ("'{column}'", "id IN (1, 2, 3)"),
+    ("extract(epoch FROM at AT TIME ZONE 'UTC')::text || lower(provider)", "token <> ''"),
+    ("NULLIF(provider, '')", "length(token) BETWEEN 1 AND 1000"),
+    ("(id % 7)::text COLLATE \"C\"", "id = ANY ('{1,2,3}')"),
+])
+def test_expressions_that_are_fine(connection, aad, where):
+    connection.execute("""CREATE TABLE t (id bigint PRIMARY KEY, provider varchar(20), at timestamptz, v smallint,
                                           token text)""")
-    for at, (aad, where) in enumerate([
-        ("id::text -- the key", "at < now() -- old"), ("provider || '/' || id::text || '/{column}'", "provider ~ '^p' AND id > 0"),
-        ("CASE WHEN id > 5 THEN 'a' ELSE provider END", "coalesce(at IS NOT NULL, false)"), ("provider", "true"),
-        ("'{column}'", "id IN (1, 2, 3)"), ("extract(epoch FROM at)::text || lower(provider)", "token <> ''"),
-        ("NULLIF(provider, '')", "length(token) BETWEEN 1 AND 1000"), ("(id % 7)::text COLLATE \"C\"", "id = ANY ('{1,2,3}')"),
-    ]):
-        connection.execute("DROP TABLE IF EXISTS t2; CREATE TABLE t2 (LIKE t INCLUDING ALL)")
-        direct(connection, "INSERT INTO t2 SELECT g, 'p', '2020-01-01', 1, envelope_encrypt('x') FROM generate_series(1, 3) g")
-        connection.execute("DELETE FROM vod_tender_crypto.protected_column")
-        job = call(connection, "migrate", "t2", columns=["token"], aad=aad, where_clause=where, version="v")
-        assert (job.state, job.rows_done) == ("done", 3), aad
-        assert one(connection, "SELECT count(*) FROM vod_tender_crypto.verify('t2', version => '2')") == 0
+    direct(connection, """INSERT INTO t SELECT g, 'p', '2020-01-01', 1, envelope_encrypt('x')
+                          FROM generate_series(1, 3) g""")
+    job = call(connection, "migrate", "t", columns=["token"], aad=aad, where_clause=where, version="v")
+    assert (job.state, job.rows_done) == ("done", 3)
+    assert count(connection, f"envelope_decrypt(token, aad => {aad.replace('{column}', 'token')}\n) = 'x'") == 3
 
 
-def test_a_registered_aad_is_checked_whenever_it_is_used(database, guinea_pig, owner):
+@pytest.mark.parametrize("aad", ["public.trap(provider)::text",
+                                 "CASE WHEN '{x}'::public.trapped[] IS NULL THEN '' ELSE '' END"])
+def test_a_registered_aad_is_checked_whenever_it_is_used(database, guinea_pig, owner, aad):
     """Whoever owns a table writes its registration; whoever verifies the table may have more rights."""
-    guinea_pig.execute(f"GRANT INSERT ON t TO {owner}; ALTER TABLE t OWNER TO {owner}")
+    guinea_pig.execute(f"ALTER TABLE t OWNER TO {owner}")
     register = """INSERT INTO vod_tender_crypto.protected_column (schema_name, table_name, column_name, aad)
                   VALUES ('public', 't', 'token', %s)"""
     with database.connect(user=owner) as session:
-        for aad in ["public.trap(provider)::text", "CASE WHEN '{x}'::public.trapped[] IS NULL THEN '' ELSE '' END"]:
-            session.execute(register, [aad])
-            for statement in ["SELECT * FROM vod_tender_crypto.verify('t')", "CALL vod_tender_crypto.downgrade('t')",
-                              "CALL vod_tender_crypto.migrate('t')"]:
-                with pytest.raises(psycopg.Error):
-                    guinea_pig.execute(statement)
-            session.execute("DELETE FROM vod_tender_crypto.protected_column")
-    guinea_pig.execute("ALTER TABLE t OWNER TO postgres")
+        session.execute(register, [aad])
+    accepted = []
+    for statement in ["SELECT * FROM vod_tender_crypto.verify('t')", "CALL vod_tender_crypto.rewrap_table('t')",
+                      "CALL vod_tender_crypto.migrate('t')"]:
+        try:
+            guinea_pig.execute(statement)
+            accepted.append(statement)
+        except psycopg.Error:
+            pass
+    guinea_pig.execute("ALTER TABLE t OWNER TO postgres; DELETE FROM vod_tender_crypto.protected_column")
+    assert accepted == []
 
 
-def test_set_columns_that_are_refused(guinea_pig):
-    for set_columns, state in [({"nope": 1}, NO_COLUMN), ({"g": "x"}, INVALID_PARAMETER), ({"id": 1}, INVALID_PARAMETER),
-                               ({"token": "x"}, INVALID_PARAMETER), ({"ctid": "(0,1)"}, NO_COLUMN),
-                               ({'note" = NULL, "id': "x"}, NO_COLUMN), ({"noted": "not a date"}, "22007"),
-                               ({"old": "longer than nine"}, None), ("[]", INVALID_PARAMETER), ("1", INVALID_PARAMETER),
-                               ('"x"', INVALID_PARAMETER), ("{", "22P02")]:
-        found = refused(guinea_pig, set_columns=set_columns) if state else NO_COLUMN
-        assert found in (state, NO_COLUMN if state is None else state), (set_columns, found)
+@pytest.mark.parametrize("set_columns, state", [
+    ({"nope": 1}, NO_COLUMN), ({"g": "x"}, INVALID_PARAMETER), ({"id": 1}, INVALID_PARAMETER),
+    ({"token": "x"}, INVALID_PARAMETER), ({"ctid": "(0,1)"}, NO_COLUMN), ({'note" = NULL, "id': "x"}, NO_COLUMN),
+    ({"noted": "not a date"}, "22007"), ("[]", INVALID_PARAMETER), ("1", INVALID_PARAMETER), ('"x"', INVALID_PARAMETER),
+    ("{", "22P02"),
+])
+def test_set_columns_that_are_refused(guinea_pig, set_columns, state):
+    assert refused(guinea_pig, set_columns=set_columns) == state
+
+
+def test_bookkeeping_is_never_cut_short(connection):
+    connection.execute("CREATE TABLE t (id int PRIMARY KEY, token text, kek varchar(9))")
+    direct(connection, "INSERT INTO t VALUES (1, envelope_encrypt('token'))")
+    try:
+        job = call(connection, "migrate", "t", columns=["token"], set_columns={"kek": "{kek_id}"})
+        assert [state for _, _, state in job_errors(connection, job.job)] == [TOO_LONG]
+    except psycopg.Error as error:
+        assert error.sqlstate == TOO_LONG
+    assert count(connection, "kek IS NULL AND envelope_version(token) = 1") == 1
 
 
 def test_set_columns_are_values_never_sql(connection):
-    connection.execute("""CREATE TABLE t (id int PRIMARY KEY, token text, note text, n int, j jsonb, a int[], b boolean);
-                          INSERT INTO t VALUES (1, 'plaintext')""")
+    connection.execute("CREATE TABLE t (id int PRIMARY KEY, token text, note text, n int, j jsonb, a int[], b boolean)")
+    connection.execute("INSERT INTO t VALUES (1, 'plaintext')")
     note = "'; DROP TABLE t; -- {nope} coalesce({kek_ids}) \\ $1 %s"
     job = call(connection, "migrate", "t", columns=["token"], version="0",
                set_columns={"note": note, "n": "7", "j": {"a": ["{key}"]}, "a": "{1,2}", "b": True})
     assert job.rows_done == 1
-    assert connection.execute("SELECT note, n, j, a, b FROM t").fetchone() == (note, 7, {"a": ["default"]}, [1, 2], True)
+    written = connection.execute("SELECT note, n, j, a, b FROM t").fetchone()
+    assert written == (note, 7, {"a": ["default"]}, [1, 2], True)
 
 
 # -- census, and keys that are no longer needed ------------------------------------------------------------------
@@ -557,8 +577,8 @@ def test_census_counts_all_of_the_database(database, connection):
         CREATE TABLE t (id int PRIMARY KEY, v text, b bytea, words text);
         CREATE TABLE other."Hid den" (n int, "Tok en" varchar, d token, c char(600));
         CREATE TABLE plain (a text, b bytea); INSERT INTO plain VALUES ('a', 'b'), ('', ''), (NULL, NULL)""")
-    direct(connection, """INSERT INTO t SELECT g, envelope_encrypt('v' || g), NULL, 'words' FROM generate_series(1, 10) g""")
-    connection.execute("INSERT INTO t SELECT g, 'plain', envelope_encrypt('b'::bytea), 'x' FROM generate_series(11, 13) g")
+    direct(connection, "INSERT INTO t SELECT g, envelope_encrypt('v' || g) FROM generate_series(1, 10) g")
+    connection.execute("INSERT INTO t SELECT g, 'x', envelope_encrypt('b'::bytea), 'x' FROM generate_series(11, 13) g")
     connection.execute("INSERT INTO t VALUES (21, 'kms:v2:broken'), (22, ''), (23, NULL)")
     connection.execute("""INSERT INTO other."Hid den" SELECT g, envelope_encrypt('x', 'blue'), envelope_encrypt('y'),
                                                             envelope_encrypt('z') FROM generate_series(1, 4) g""")
@@ -593,7 +613,8 @@ def test_census_says_what_it_could_not_read(database, connection, owner):
     make_tokens(connection, 5)
     connection.execute(f"""CREATE TABLE mine (v text); ALTER TABLE mine OWNER TO {owner};
         CREATE MATERIALIZED VIEW unfilled AS TABLE {TABLE} WITH NO DATA;
-        INSERT INTO vod_tender_crypto.protected_column (schema_name, table_name, column_name) VALUES ('gone', 't', 'v')""")
+        INSERT INTO vod_tender_crypto.protected_column (schema_name, table_name, column_name)
+        VALUES ('gone', 't', 'v')""")
     connection.execute("INSERT INTO mine VALUES (envelope_encrypt('x'))")
     with database.connect(user=owner) as session:
         heard = notices(session)
@@ -637,16 +658,13 @@ def test_a_key_is_retired_when_nothing_needs_it(database, connection):
 
 def test_the_default_key_is_needed_by_what_names_none(database, connection):
     """The form kms:v2:BLOB:PAYLOAD records no key."""
-    add_local_key(database, connection, "plain", default=False)
+    add_local_key(database, connection, "other", default=False)
     connection.execute("CREATE TABLE t AS SELECT 'kms:v2:' || repeat('QUJD', 60) || ':' || repeat('QUJD', 20) AS v")
-    assert {row[3:5] for row in census(connection)} <= {(2, None), (None, None)}
-    form = next(iter(census(connection)))[3]
-    connection.execute("SELECT vod_tender_crypto.set_key_state('default', 'decrypt_only')")
-    if form == 2:
-        with fails(STILL_NEEDED):
-            connection.execute("SELECT vod_tender_crypto.retire_key('default')")
-    connection.execute("SELECT vod_tender_crypto.set_key_state('plain', 'decrypt_only')")
-    connection.execute("SELECT vod_tender_crypto.retire_key('plain')")
+    assert census(connection) == {("t", "v", False, 2, None, 1)}
+    connection.execute("SELECT vod_tender_crypto.set_key_state(name, 'decrypt_only') FROM vod_tender_crypto.kek")
+    with fails(STILL_NEEDED, "default"):
+        connection.execute("SELECT vod_tender_crypto.retire_key('default')")
+    connection.execute("SELECT vod_tender_crypto.retire_key('other')")
 
 
 @pytest.mark.parametrize("begin", ["BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1",
@@ -685,8 +703,7 @@ def test_whether_the_legacy_key_is_needed(connection):
     unused = "SELECT vod_tender_crypto.legacy_key_unused()"
     heard = notices(connection)
     assert one(connection, unused) is False
-    assert [text for _, text in heard] == [f"20 values of {TABLE}.{column} need the legacy key" for column in COLUMNS] \
-        or [text for _, text in heard] == [f"20 values of public.{TABLE}.{column} need the legacy key" for column in COLUMNS]
+    assert heard == [("NOTICE", f"20 values of public.{TABLE}.{column} need the legacy key") for column in COLUMNS]
     migrate(connection, where_clause="channel <> 'channel3'")
     heard.clear()
     assert one(connection, unused) is True
@@ -694,7 +711,7 @@ def test_whether_the_legacy_key_is_needed(connection):
     migrate(connection)
     heard.clear()
     assert one(connection, unused) is True and heard == []
-    connection.execute(f"CREATE TABLE copy (v bytea)")
+    connection.execute("CREATE TABLE copy (v bytea)")
     direct(connection, "INSERT INTO copy SELECT envelope_encrypt('x'::bytea)")
     assert one(connection, unused) is False
 
@@ -710,21 +727,25 @@ def test_without_a_legacy_key_nothing_can_be_said_of_it(cluster):
 
 def verified(connection, target: str = TABLE) -> list:
     """What does not open: key, column and SQLSTATE."""
-    return connection.execute("SELECT row_key, column_name, sqlstate FROM vod_tender_crypto.verify(%s)", [target]).fetchall()
+    query = "SELECT row_key, column_name, sqlstate FROM vod_tender_crypto.verify(%s)"
+    return connection.execute(query, [target]).fetchall()
 
 
 def test_verify_names_what_does_not_open(database, connection):
     make_tokens(connection, 500)
     heard = notices(connection)
-    assert len(verified(connection, TABLE) if migrate(connection) else []) == 0
+    migrate(connection)
+    assert verified(connection) == []
     assert heard[-1] == ("NOTICE", f"public.{TABLE}: 0 values do not open")
-    connection.execute(f"UPDATE {TABLE} SET access_token = overlay(access_token PLACING '!' FROM 400) WHERE channel = 'channel1'")
-    connection.execute(f"""UPDATE {TABLE} SET refresh_token = (SELECT refresh_token FROM {TABLE} WHERE channel = 'channel2')
-                           WHERE channel = 'channel3'""")
-    connection.execute(f"UPDATE {TABLE} SET refresh_token = access_token WHERE channel = 'channel4'")
-    connection.execute(f"UPDATE {TABLE} SET refresh_token = 'a token in clear' WHERE channel = 'channel5'")
-    connection.execute(f"UPDATE {TABLE} SET channel = 'renamed' WHERE channel = 'channel6'")
-    connection.execute(f"UPDATE {TABLE} SET access_token = NULL, refresh_token = '' WHERE channel = 'channel7'")
+    for change, channel in [
+        ("access_token = overlay(access_token PLACING '!' FROM 400)", 1),
+        (f"refresh_token = (SELECT refresh_token FROM {TABLE} WHERE channel = 'channel2')", 3),
+        ("refresh_token = access_token", 4),
+        ("refresh_token = 'a token in clear'", 5),
+        ("channel = 'renamed'", 6),
+        ("access_token = NULL, refresh_token = ''", 7),
+    ]:
+        connection.execute(f"UPDATE {TABLE} SET {change} WHERE channel = 'channel{channel}'")
     connection.execute("RESET vod_tender_crypto.plaintext_reads")
     heard.clear()
     bad = verified(connection)
@@ -822,27 +843,30 @@ def test_whom_jobs_are_granted_runs_them_on_its_own_tables(database, connection,
             with fails(NO_RIGHT):
                 call(session, procedure, "others", columns=COLUMNS)
         with fails(NO_RIGHT):
-            session.execute("SELECT * FROM vod_tender_crypto.verify('others', ARRAY['access_token']::name[])").fetchall()
+            session.execute("SELECT * FROM vod_tender_crypto.verify('others', '{access_token}')")
         with fails(UNKNOWN_KEY):
             call(session, "resume", others_job)
         with fails(NOT_READY):
             call(session, "stop", others_job)
         for table in ["job", "job_progress"]:
-            assert {target for target, in session.execute(f"SELECT target::text FROM vod_tender_crypto.{table}")} == {TABLE}
+            targets = session.execute(f"SELECT DISTINCT target::text FROM vod_tender_crypto.{table}").fetchall()
+            assert targets == [(TABLE,)]
         assert one(session, "SELECT count(*) FROM vod_tender_crypto.protected_column WHERE table_name = 'others'") == 0
-        assert session.execute("UPDATE vod_tender_crypto.job SET stop_requested = true WHERE job = %s", [others_job]).rowcount == 0
-        for forged in [f"UPDATE vod_tender_crypto.job SET target = 'others'",
+        touched = session.execute("UPDATE vod_tender_crypto.job SET stop_requested = true WHERE job = %s", [others_job])
+        assert touched.rowcount == 0
+        for forged in ["UPDATE vod_tender_crypto.job SET target = 'others'",
                        "INSERT INTO vod_tender_crypto.protected_column (schema_name, table_name, column_name, aad) "
                        "VALUES ('public', 'others', 'provider', '''x''')"]:
             with fails(NO_RIGHT, "row-level security"):
                 session.execute(forged)
-        for call_of_the_owners in ["add_key('a', 'local:///x')", "set_key_state('default', 'disabled')", "drop_key('default')",
-                                   "retire_key('default')", "check_key('a', 'local:///x', '{}')", f"grant_jobs('{owner}')"]:
+        for administration in ["add_key('a', 'local:///x')", "set_key_state('default', 'disabled')",
+                               "drop_key('default')", "retire_key('default')", "check_key('a', 'local:///x', '{}')",
+                               f"grant_jobs('{owner}')"]:
             with fails(NO_RIGHT):
-                session.execute(f"SELECT vod_tender_crypto.{call_of_the_owners}")
+                session.execute(f"SELECT vod_tender_crypto.{administration}")
         for query in ["SELECT envelope_decrypt(access_token) FROM oauth_tokens", "TABLE vod_tender_crypto.kek"]:
             with fails(NO_RIGHT):
-                session.execute(query).fetchall()
+                session.execute(query)
     assert contents(connection, "others") == before
 
 
@@ -863,21 +887,24 @@ def test_a_plain_role_can_do_nothing(database, connection):
     with role(database, may_run_jobs=False) as nobody:
         connection.execute(f"ALTER TABLE {TABLE} OWNER TO {nobody}")
         with database.connect(user=nobody) as session:
-            for statement in [f"CALL vod_tender_crypto.migrate('{TABLE}')", f"CALL vod_tender_crypto.downgrade('{TABLE}')",
-                              f"CALL vod_tender_crypto.rewrap_table('{TABLE}')", "CALL vod_tender_crypto.resume(1)",
-                              "CALL vod_tender_crypto.stop(1)", f"SELECT vod_tender_crypto.verify('{TABLE}')",
-                              f"SELECT vod_tender_crypto.census('{TABLE}')", "SELECT vod_tender_crypto.census()",
-                              "SELECT vod_tender_crypto.legacy_key_unused()", "SELECT vod_tender_crypto.retire_key('default')",
-                              "TABLE vod_tender_crypto.job", "TABLE vod_tender_crypto.job_error",
-                              "TABLE vod_tender_crypto.job_progress", "TABLE vod_tender_crypto.protected_column"]:
+            for statement in [
+                "CALL vod_tender_crypto.migrate('oauth_tokens')", "CALL vod_tender_crypto.downgrade('oauth_tokens')",
+                "CALL vod_tender_crypto.rewrap_table('oauth_tokens')", "CALL vod_tender_crypto.resume(1)",
+                "CALL vod_tender_crypto.stop(1)", "SELECT vod_tender_crypto.verify('oauth_tokens')",
+                "SELECT vod_tender_crypto.census('oauth_tokens')", "SELECT vod_tender_crypto.census()",
+                "SELECT vod_tender_crypto.legacy_key_unused()", "SELECT vod_tender_crypto.retire_key('default')",
+                "TABLE vod_tender_crypto.job", "TABLE vod_tender_crypto.job_error",
+                "TABLE vod_tender_crypto.job_progress", "TABLE vod_tender_crypto.protected_column",
+            ]:
                 with fails(NO_RIGHT):
                     session.execute(statement)
     assert jobs(connection) == 1
 
 
 def test_nothing_of_the_jobs_is_public(connection):
-    public = connection.execute("""SELECT p.proname FROM pg_proc p WHERE p.pronamespace = 'vod_tender_crypto'::regnamespace
-                                   AND has_function_privilege('public', p.oid, 'EXECUTE')""").fetchall()
+    public = connection.execute("""SELECT p.proname FROM pg_proc p
+        WHERE p.pronamespace = 'vod_tender_crypto'::regnamespace
+          AND has_function_privilege('public', p.oid, 'EXECUTE')""").fetchall()
     assert public == [("session_stats",)]
     definers = connection.execute("""SELECT p.proname FROM pg_proc p
         WHERE p.pronamespace = 'vod_tender_crypto'::regnamespace AND p.prosecdef

@@ -115,6 +115,7 @@ impl Session {
         self.sealing.clear();
         self.rewraps.clear();
         self.assured = Assured::default();
+        self.heads = Heads::default();
         self.sealed = Vec::new();
         self.associated = Vec::new();
         // Opening and sealing spill round keys onto the stack; doing this for each value would cost more than the value.

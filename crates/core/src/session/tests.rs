@@ -1,5 +1,6 @@
 //! The session against a key service in memory.
 
+mod bulk;
 mod world;
 
 use proptest::prelude::*;

@@ -47,6 +47,8 @@ pub(super) struct Service {
     pub(super) moved: Cell<u64>,
     pub(super) deks: RefCell<HashMap<Vec<u8>, Kept>>,
     pub(super) refuses: Cell<bool>,
+    /// Whether it unwraps to other DEKs than it wrapped.
+    pub(super) swaps: Cell<bool>,
 }
 
 /// A DEK, the context it is bound to, and the id of the KEK that wrapped it.
@@ -73,6 +75,7 @@ impl FakeKek {
             return Err(ProviderError::new(Fault::Denied, "no"));
         }
         match self.service.deks.borrow().get(wrapped.bytes) {
+            Some((_, bound, _)) if self.service.swaps.get() && bound == context => Ok([7; 32]),
             Some((dek, bound, id)) if bound == context && wrapped.kek_id == Some(id) => Ok(*dek),
             _ => Err(ProviderError::new(Fault::Unverified, "no such wrapped DEK")),
         }

@@ -2,6 +2,7 @@
 SET LOCAL search_path = pg_catalog, pg_temp;
 
 CREATE TYPE vod_tender_crypto.job_plan AS (
+    table_name text,   -- as the statements name it
     columns   integer, -- how many
     look_sql  text,    -- $1, $2 first place and the one behind the last, $3 most rows
                        -- -> rows that are due, the last one's place, the heads of their values
@@ -34,17 +35,20 @@ BEGIN ATOMIC
         'jsonb_build_object(''ctid'', t.ctid::text)');
 END;
 
--- What a job writes into the application's own columns: SET items of an UPDATE.
-CREATE FUNCTION vod_tender_crypto.bookkeeping(j vod_tender_crypto.job, relation regclass) RETURNS text[]
+-- What a job writes into the application's own columns: items of an UPDATE's SET, and conditions that they were written.
+CREATE FUNCTION vod_tender_crypto.bookkeeping(
+    j vod_tender_crypto.job, relation regclass, OUT items text[], OUT checks text[]
+)
     LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     item record;
-    items text[] := '{}';
     attribute record;
-    literal text;
+    value text;
 BEGIN
+    items := '{}';
+    checks := '{}';
     FOR item IN SELECT s.key AS column_name, s.value #>> '{}' AS value FROM jsonb_each((bookkeeping.j).set_columns) s LOOP
         SELECT format_type(a.atttypid, a.atttypmod) AS type, a.attgenerated INTO attribute
         FROM pg_attribute a
@@ -59,12 +63,14 @@ BEGIN
                 MESSAGE = format('column %I cannot be in set_columns', item.column_name),
                 DETAIL = 'It is generated, part of the primary key, or a column that the job converts.';
         END IF;
-        literal := quote_nullable(replace(item.value, '{key}', coalesce((bookkeeping.j).key, '')));
-        items := items || CASE WHEN strpos(item.value, '{kek_id}') > 0
-            THEN format('%I = CAST(replace(%s, ''{kek_id}'', l.kek_id) AS %s)', item.column_name, literal, attribute.type)
-            ELSE format('%I = CAST(%s AS %s)', item.column_name, literal, attribute.type) END;
+        value := quote_nullable(replace(item.value, '{key}', coalesce((bookkeeping.j).key, '')));
+        IF strpos(item.value, '{kek_id}') > 0 THEN
+            value := format('replace(%s, ''{kek_id}'', l.kek_id)', value);
+        END IF;
+        -- Without a cast, which would cut off what is too long for the column.
+        items := items || format('%I = %s', item.column_name, value);
+        checks := checks || format('t.%I::text IS NOT DISTINCT FROM CAST(%s AS %s)::text', item.column_name, value, attribute.type);
     END LOOP;
-    RETURN items;
 END
 $$;
 
@@ -109,7 +115,7 @@ DECLARE
     plan vod_tender_crypto.job_plan;
     table_name text := plan_job.relation::text;
     due text := vod_tender_crypto.due_expression(plan_job.j, plan_job.relation);
-    set_items text[] := vod_tender_crypto.bookkeeping(plan_job.j, plan_job.relation);
+    set_items text[];
     -- What an aad must not be made of.
     changed text[] := (plan_job.j).columns::text[] || ARRAY(SELECT jsonb_object_keys((plan_job.j).set_columns));
     -- A trigger may change what the job writes, or leaves alone.
@@ -126,9 +132,13 @@ DECLARE
     arguments text;
     head_items text := ''; heads text; new_items text := ''; fine text; kek_ids text; same text; errors text := ''; error_rows text;
 BEGIN
+    SELECT b.items, array_to_string(b.checks, ' AND ') INTO set_items, same
+    FROM vod_tender_crypto.bookkeeping(plan_job.j, plan_job.relation) b;
+    same := nullif(same, '');
     IF (plan_job.j).version IS NOT NULL THEN
         version := vod_tender_crypto.row_expression(plan_job.relation, (plan_job.j).version, 'version', NULL, '{}');
     END IF;
+    plan.table_name := table_name;
     plan.columns := cardinality((plan_job.j).columns);
     FOR col IN
         SELECT c.column_name, c.place AS at, a.atttypid = 'bytea'::regtype AS is_bytea, (plan_job.j).aads[c.place] AS aad
@@ -145,7 +155,7 @@ BEGIN
             col.aad IS NOT NULL, version, (plan_job.j).key, (plan_job.j).context, (plan_job.j).check_wraps);
         head_items := head_items || format(', vod_tender_crypto.needed_head(%s) AS h%s', stored, col.at);
         heads := concat_ws(' || ', heads, format('array_agg(DISTINCT b.h%s)', col.at));
-        new_items := new_items || format(', vod_tender_crypto.convert_value(%s) AS n%s, %s IS NULL AS z%2$s, %s AS a%2$s',
+        new_items := new_items || format(', vod_tender_crypto.convert_value(%1$s) AS n%2$s, %3$s IS NULL AS z%2$s, %4$s AS a%2$s',
             arguments, col.at, stored, CASE WHEN guarded THEN aad ELSE 'NULL::text' END);
         fine := concat_ws(' AND ', fine, format('(l.z%1$s OR l.n%1$s IS NOT NULL)', col.at));
         kek_ids := concat_ws(', ', kek_ids, format('vod_tender_crypto.kek_id(b.n%s, %L)', col.at, (plan_job.j).key));
@@ -183,9 +193,9 @@ BEGIN
              WHERE t.ctid = l.tid AND t.xmin = l.xmin AND t.ctid >= $1 AND t.ctid <= $2 AND %6$s
              RETURNING %7$s AS same)
          SELECT count(*), coalesce(bool_and(w.same), true) FROM written w',
-        table_name, array_to_string(set_items, ', '), new_items, CASE WHEN guarded THEN ', to_jsonb(t) AS whole' ELSE '' END,
+        table_name, array_to_string(set_items, ', '), new_items, CASE WHEN guarded THEN ', to_jsonb(t.*) AS whole' ELSE '' END,
         due, fine,
-        CASE WHEN guarded THEN same || format(' AND to_jsonb(t) - %1$L::text[] = l.whole - %1$L::text[]',
+        CASE WHEN guarded THEN same || format(' AND to_jsonb(t.*) - %1$L::text[] = l.whole - %1$L::text[]',
             changed || ARRAY(SELECT a.attname::text FROM pg_attribute a
                              WHERE a.attrelid = plan_job.relation AND a.attgenerated <> '')) ELSE 'true' END,
         CASE WHEN strpos((plan_job.j).set_columns::text, '{kek_id}') > 0 THEN format(', coalesce(%s) AS kek_id', kek_ids) ELSE '' END);

@@ -20,7 +20,7 @@ BEGIN
     j.relation := NULL;
     IF j.dry_run OR j.rows_left <= j.rows_failed THEN
         j.state := 'done';
-        IF j.operation = 'rewrap_table' AND NOT j.dry_run THEN
+        IF j.operation = 'rewrap_table' AND NOT j.dry_run AND j.rows_failed = 0 THEN
             PERFORM vod_tender_crypto.job_note_key(j);
         END IF;
     ELSIF NOT job_end_pass.may_go_on THEN
@@ -44,6 +44,7 @@ DECLARE
     idle_passes_at_most CONSTANT integer := 30;
 
     caller_path text := pg_catalog.current_setting('search_path');
+    caller_isolation text := pg_catalog.current_setting('default_transaction_isolation');
     j vod_tender_crypto.job;
     before vod_tender_crypto.job;
     phase text := 'begin';
@@ -76,10 +77,11 @@ BEGIN
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     j := vod_tender_crypto.job_take(run_job.job_id);
     RAISE NOTICE 'job %: % of %', j.job, j.operation, j.target;
+    -- Rows that are locked or changed are passed by, which takes a fresh look with every statement. SET TRANSACTION does
+    -- not reach a procedure that was called by another one.
+    PERFORM set_config('default_transaction_isolation', 'read committed', false);
     COMMIT;
     LOOP
-        -- Rows that are locked or changed are passed by, which takes a fresh look with every statement.
-        SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
         PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
         failed_with := NULL;
         BEGIN
@@ -126,6 +128,10 @@ BEGIN
                 END IF;
                 batch_began := clock_timestamp();
                 EXECUTE format('LOCK TABLE ONLY %s IN ACCESS SHARE MODE', j.relation);
+                IF plan.table_name::regclass <> j.relation THEN
+                    -- Renamed since it was planned, and another table has the name.
+                    plan := vod_tender_crypto.plan_job(j, j.relation);
+                END IF;
                 IF j.filenode IS DISTINCT FROM pg_relation_filenode(j.relation)::oid THEN
                     -- Just begun, or rewritten since: then places mean nothing any more.
                     j.filenode := pg_relation_filenode(j.relation);
@@ -164,7 +170,7 @@ BEGIN
                 outcome := vod_tender_crypto.job_write(j, plan, before.next_row, looked.last_row, looked.n, caller_path);
                 j := outcome.j;
                 IF outcome.retries > 0 THEN
-                    IF outcome.written = 0 AND looked.n = 1 THEN
+                    IF outcome.written = 0 AND looked.n = 1 AND plan.table_name::regclass = j.relation THEN
                         RAISE EXCEPTION USING ERRCODE = 'object_not_in_prerequisite_state',
                             MESSAGE = 'the data keys that one row needs are not kept long enough to use them',
                             HINT = 'Raise vod_tender_crypto.dek_cache_entries, dek_max_age or dek_max_bytes.';
@@ -215,6 +221,7 @@ BEGIN
         ELSE
             PERFORM vod_tender_crypto.job_fail(j, failed_with, failed_message);
             PERFORM vod_tender_crypto.job_unlock(j.job);
+            PERFORM set_config('default_transaction_isolation', caller_isolation, false);
             COMMIT;
             RAISE EXCEPTION USING ERRCODE = failed_with,
                 MESSAGE = format('job %s stopped: %s', j.job, failed_message), DETAIL = failed_detail,
@@ -222,6 +229,7 @@ BEGIN
         END IF;
         IF phase = 'end' THEN
             PERFORM vod_tender_crypto.job_unlock(j.job);
+            PERFORM set_config('default_transaction_isolation', caller_isolation, false);
         END IF;
         COMMIT;
         EXIT WHEN phase = 'end';

@@ -271,6 +271,12 @@ BEGIN
     IF j.dry_run THEN
         EXECUTE plan.try_sql INTO written USING first_row, last_row;
     ELSE
+        EXECUTE format('LOCK TABLE ONLY %s IN ROW EXCLUSIVE MODE', plan.table_name);
+        IF plan.table_name::regclass <> j.relation THEN
+            -- Renamed since it was planned, and another table has the name. The next look plans anew.
+            retries := 1;
+            RETURN;
+        END IF;
         LOOP
             BEGIN
                 written := vod_tender_crypto.job_update(j, plan, first_row, last_row, NULL, caller_path, lock_first);

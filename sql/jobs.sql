@@ -35,11 +35,7 @@ DECLARE
     plan vod_tender_crypto.job_plan;
     column_at record;
 BEGIN
-    IF now() < statement_timestamp() THEN
-        RAISE EXCEPTION USING ERRCODE = 'active_sql_transaction',
-            MESSAGE = 'a job commits as it goes and cannot run inside a transaction block',
-            HINT = 'CALL it by itself, with autocommit on.';
-    END IF;
+    PERFORM vod_tender_crypto.check_may_commit();
     IF create_job.target IS NULL THEN
         RAISE EXCEPTION USING ERRCODE = 'null_value_not_allowed', MESSAGE = 'no table is given';
     END IF;
@@ -180,11 +176,7 @@ CREATE PROCEDURE vod_tender_crypto.resume(job bigint)
     LANGUAGE plpgsql
 AS $$
 BEGIN
-    IF pg_catalog.now() OPERATOR(pg_catalog.<) pg_catalog.statement_timestamp() THEN
-        RAISE EXCEPTION USING ERRCODE = 'active_sql_transaction',
-            MESSAGE = 'a job commits as it goes and cannot run inside a transaction block',
-            HINT = 'CALL it by itself, with autocommit on.';
-    END IF;
+    PERFORM vod_tender_crypto.check_may_commit();
     CALL vod_tender_crypto.run_job(resume.job);
 END
 $$;

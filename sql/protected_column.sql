@@ -58,9 +58,9 @@ BEGIN
     IF kind IS NULL OR kind NOT IN ('r', 'p') THEN
         RAISE EXCEPTION USING ERRCODE = 'wrong_object_type',
             MESSAGE = format('%s is not a table', check_target.target),
-            DETAIL = CASE kind WHEN 'f' THEN 'It is a foreign table: its rows are stored elsewhere.'
-                               WHEN 'v' THEN 'It is a view.' WHEN 'm' THEN 'It is a materialized view.' END,
-            HINT = CASE kind WHEN 'f' THEN 'Run the job on the server that stores the table.' END;
+            DETAIL = CASE coalesce(kind, '-') WHEN 'f' THEN 'It is a foreign table: its rows are stored elsewhere.'
+                               WHEN 'v' THEN 'It is a view.' WHEN 'm' THEN 'It is a materialized view.' ELSE '' END,
+            HINT = CASE kind WHEN 'f' THEN 'Run the job on the server that stores the table.' ELSE '' END;
     END IF;
     IF coalesce(cardinality(check_target.columns), 0) = 0 OR array_position(check_target.columns, NULL) IS NOT NULL THEN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',

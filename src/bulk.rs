@@ -9,6 +9,7 @@ mod vod_tender_crypto {
     use std::collections::HashMap;
 
     use pgrx::Array;
+    use pgrx::pg_sys::panic::ErrorReport;
     use pgrx::prelude::*;
     use vod_tender_core::Error;
     use vod_tender_core::provider::{Fault, ProviderError, ProviderFuture, Wait};
@@ -20,7 +21,7 @@ mod vod_tender_crypto {
 
     use crate::arguments::{ContextIn, TextIn};
     use crate::backend;
-    use crate::errors::{raise, sqlstate_text};
+    use crate::errors::{raise, sqlstate_text, throw};
     use crate::results::{BytesOut, TextOut, Varlena};
     use crate::row_expression::{self, Purpose};
 
@@ -378,6 +379,19 @@ mod vod_tender_crypto {
             BulkOperation::Verify => Ok((None, None)),
         });
         TableIterator::once(found.unwrap_or_else(|error| raise(&error, Kind::Text)))
+    }
+
+    /// Raises inside a transaction block, where a procedure cannot commit.
+    #[pg_extern(volatile, parallel_restricted)]
+    fn check_may_commit() {
+        // SAFETY: looks at the transaction's state.
+        if unsafe { pg_sys::IsTransactionBlock() } {
+            let code = PgSqlErrorCode::ERRCODE_ACTIVE_SQL_TRANSACTION;
+            let message = "a job commits as it goes and cannot run inside a transaction block".to_owned();
+            throw(
+                ErrorReport::new(code, message, "vod_tender_crypto").set_hint("CALL it by itself, with autocommit on."),
+            )
+        }
     }
 
     /// What a stored value is under, as a label to group by: `{"version": 2, "wraps": [["KEY", "KEK ID"]]}`. NULL for

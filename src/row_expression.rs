@@ -65,9 +65,14 @@ pub fn checked(table: Oid, expression: &str, purpose: Purpose, changed: &[String
             true,
         );
         pg_sys::addNSItemToQuery(state, item, false, true, true);
-        let node = pg_sys::transformExpr(state, raw, ParseExprKind::EXPR_KIND_CHECK_CONSTRAINT);
-        let node = coerced(state, node, purpose);
-        pg_sys::assign_expr_collations(state, node);
+        // Reading a literal runs its type's input function, which for a domain runs what its owner wrote. As the table's
+        // owner, that is no more than the table's triggers could do.
+        let node = as_owner(&relation, || {
+            let node = pg_sys::transformExpr(state, raw, ParseExprKind::EXPR_KIND_CHECK_CONSTRAINT);
+            let node = coerced(state, node, purpose);
+            pg_sys::assign_expr_collations(state, node);
+            node
+        });
         let mut check = Check { table, purpose, changed };
         check_node(node, (&raw mut check).cast());
         if purpose == Purpose::Aad && pg_sys::contain_mutable_functions(node) {
@@ -81,6 +86,26 @@ pub fn checked(table: Oid, expression: &str, purpose: Purpose, changed: &[String
         let text = pg_sys::deparse_expression(node, context, true, false);
         let text = CStr::from_ptr(text).to_str().map(str::to_owned);
         text.unwrap_or_else(|_| refuse(Code::ERRCODE_CHARACTER_NOT_IN_REPERTOIRE, "it is not valid UTF-8", ""))
+    }
+}
+
+/// Runs `work` as the table's owner, who cannot become anybody else meanwhile. When `work` raises, the transaction's end
+/// brings the caller's identity back.
+///
+/// # Safety
+/// `work` does not leave by other ways than returning or raising.
+unsafe fn as_owner<T>(relation: &PgRelation, work: impl FnOnce() -> T) -> T {
+    // SAFETY: the relation is open; the identity is PostgreSQL's own to keep and restore.
+    unsafe {
+        let owner = (*relation.rd_rel).relowner;
+        let (mut user, mut security) = (Oid::INVALID, 0);
+        pg_sys::GetUserIdAndSecContext(&raw mut user, &raw mut security);
+        let restricted =
+            security | (pg_sys::SECURITY_RESTRICTED_OPERATION | pg_sys::SECURITY_LOCAL_USERID_CHANGE) as i32;
+        pg_sys::SetUserIdAndSecContext(owner, restricted);
+        let done = work();
+        pg_sys::SetUserIdAndSecContext(user, security);
+        done
     }
 }
 
@@ -122,7 +147,44 @@ fn parse(expression: &str) -> *mut pg_sys::Node {
         if !(*target).name.is_null() || !(*target).indirection.is_null() {
             only_one()
         }
+        check_raw((*target).val, std::ptr::null_mut());
         (*target).val
+    }
+}
+
+/// Refuses casts to types that are not PostgreSQL's own, in every spelling, before they are looked at any closer: reading
+/// a literal of such a type may run its owner's functions. Gives `false`.
+#[pgrx::pg_guard]
+unsafe extern "C-unwind" fn check_raw(node: *mut pg_sys::Node, context: *mut c_void) -> bool {
+    if node.is_null() {
+        return false;
+    }
+    // SAFETY: a node is read as what its tag says; looking up a type by name takes no parse state.
+    unsafe {
+        let name = match (*node).type_ {
+            NodeTag::T_TypeCast => (*node.cast::<pg_sys::TypeCast>()).typeName,
+            NodeTag::T_FuncCall => pg_sys::makeTypeNameFromNameList((*node.cast::<pg_sys::FuncCall>()).funcname),
+            _ => std::ptr::null_mut(),
+        };
+        if !name.is_null() {
+            let found = pg_sys::LookupTypeName(std::ptr::null_mut(), name, std::ptr::null_mut(), true);
+            if !found.is_null() {
+                let oid = pg_sys::typeTypeId(found);
+                pg_sys::ReleaseSysCache(found);
+                check_type(oid);
+            }
+        }
+        pg_sys::raw_expression_tree_walker(node, Some(check_raw), context)
+    }
+}
+
+fn check_type(oid: Oid) {
+    if oid.to_u32() >= pg_sys::FirstNormalObjectId {
+        refuse(
+            Code::ERRCODE_FEATURE_NOT_SUPPORTED,
+            "it makes a value of a type that is not PostgreSQL's own",
+            "Cast the column to text and compare that.",
+        )
     }
 }
 
@@ -162,11 +224,11 @@ unsafe extern "C-unwind" fn check_node(node: *mut pg_sys::Node, context: *mut c_
         let check = &*context.cast::<Check<'_>>();
         match (*node).type_ {
             NodeTag::T_Var => check.column(&*node.cast::<pg_sys::Var>()),
-            NodeTag::T_CoerceToDomain => refuse(Code::ERRCODE_FEATURE_NOT_SUPPORTED, "it casts to a domain", ""),
             NodeTag::T_SubLink | NodeTag::T_Query | NodeTag::T_Param => {
                 refuse(Code::ERRCODE_FEATURE_NOT_SUPPORTED, "it refers to more than the row", "")
             }
-            _ => {}
+            NodeTag::T_List => {}
+            _ => check_type(pg_sys::exprType(node)),
         }
         pg_sys::check_functions_in_node(node, Some(check_function), context);
         pg_sys::expression_tree_walker(node, Some(check_node), context)

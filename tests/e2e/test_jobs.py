@@ -91,9 +91,8 @@ def test_both_old_versions_become_envelopes(connection):
 
 def test_an_application_calls_it_with_parameters(connection):
     """Parameters sent apart from the statement, the extended protocol, as drivers of applications do."""
-    make_tokens(connection, 10)
-    connection.execute("CALL vod_tender_crypto.migrate(%s, %s::name[], aad => %s)", [TABLE, COLUMNS, AAD],
-                       prepare=False)
+    make_tokens(connection, 10, direct="true")
+    connection.execute("CALL vod_tender_crypto.migrate(%s, %s::name[], aad => %s)", [TABLE, COLUMNS, AAD])
     assert all_is_well(connection, 10)
     job = last_job(connection).job
     connection.execute("CALL vod_tender_crypto.resume(%s)", [job])
@@ -376,6 +375,19 @@ def test_migrate_without_checking_wraps_opens_none(aws):
         assert kms.count("Decrypt") >= 1
     with database.connect() as connection:
         assert all_is_well(connection, 100)
+
+
+@pytest.mark.parametrize("before", [
+    "SELECT envelope_encrypt('x')",
+    "SET vod_tender_crypto.dek_max_uses = 999",
+    "SELECT vod_tender_crypto.set_key_state('default', 'active')",
+])
+def test_a_session_that_has_a_data_key_already(connection, before):
+    make_tokens(connection, 10)
+    connection.execute(before)
+    migrate(connection, where_clause="provider = 'twitch'")
+    connection.execute(before)
+    assert migrate(connection).rows_done == 5 and all_is_well(connection, 10)
 
 
 def test_rewrap_to_what_an_alias_points_to_now(aws):

@@ -220,6 +220,13 @@ impl SealingCache {
         usable.map(|key| limits.max_uses.min(DEK_USES_CAP) - key.uses).sum()
     }
 
+    /// The headers of the keys at hand.
+    pub fn headers(&mut self, kek: &str, context: &Context) -> Vec<Vec<u8>> {
+        Self::write_name(&mut self.name, kek, context);
+        let keys = self.entries.peek(self.name.as_slice()).into_iter().flatten();
+        keys.flat_map(|key| key.headers.clone()).collect()
+    }
+
     /// Keeps a fresh key.
     pub fn put(&mut self, kek: &str, context: &Context, key: SealingKey, limits: &Limits) {
         Self::write_name(&mut self.name, kek, context);

@@ -37,6 +37,10 @@ impl Session {
         let own_context = task.context.unwrap_or(&empty);
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
+        // Also what the session made for others: every key at hand may be used for the task.
+        for header in self.sealing.headers(&kek.name, own_context) {
+            self.assure_header(run, task, &header)?;
+        }
         let mut ready = self.sealing.ready_for(&kek.name, own_context, now, &limits);
         if ready >= needed {
             return Ok(());

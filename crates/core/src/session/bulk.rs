@@ -191,7 +191,7 @@ impl Session {
             BulkOperation::Downgrade | BulkOperation::Verify if is_header => self.opened_key(run, head).map(drop),
             BulkOperation::Downgrade | BulkOperation::Verify => self.opened_literal(run, head).map(drop),
             BulkOperation::Rewrap if is_header => match self.rewrapped_header(run, task.key, head)? {
-                Some(fresh) => self.assure_header(run, task, &fresh).map(drop),
+                Some(fresh) => self.assure_header(run, task, &fresh).inspect_err(|_| self.rewraps.clear()),
                 None => Ok(()),
             },
             BulkOperation::Rewrap => Err(Error::NotRewrappable),
@@ -231,7 +231,12 @@ impl Session {
         self.assure_header(run, task, &header)
     }
 
-    fn assure_header<W: Wait>(&mut self, run: &mut Run<'_, W>, task: BulkTask<'_>, header: &[u8]) -> Result<()> {
+    pub(super) fn assure_header<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        task: BulkTask<'_>,
+        header: &[u8],
+    ) -> Result<()> {
         if self.assured.knows(header, task) {
             return Ok(());
         }

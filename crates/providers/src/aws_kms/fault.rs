@@ -1,5 +1,6 @@
 //! What an error of the AWS SDK means. No part of a request gets into the result.
 
+use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_kms::config::http::HttpResponse;
 use aws_sdk_kms::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_kms::operation::RequestId;
@@ -38,8 +39,8 @@ where
         SdkError::DispatchFailure(failure) if failure.is_io() => {
             unreachable(operation, "could not be reached", Some(io_cause(&error)))
         }
-        // The SDK reports missing credentials as a dispatch that failed for another reason.
-        SdkError::DispatchFailure(_) => ProviderError {
+        // The SDK reports missing credentials as a dispatch that failed.
+        SdkError::DispatchFailure(_) if is_about_credentials(&error) => ProviderError {
             fault: Fault::Denied,
             message: format!("AWS KMS was not asked to {operation}: no usable AWS credentials were found"),
             trace: Some(
@@ -47,6 +48,7 @@ where
                     .into(),
             ),
         },
+        SdkError::DispatchFailure(_) => unreachable(operation, "closed the connection", Some(io_cause(&error))),
         SdkError::ResponseError(_) => ProviderError {
             fault: Fault::Unreachable,
             message: format!("AWS KMS's answer to {operation} could not be read"),
@@ -58,6 +60,20 @@ where
 
 fn unreachable(operation: &str, how: &str, cause: Option<String>) -> ProviderError {
     ProviderError { fault: Fault::Unreachable, message: format!("AWS KMS {how} for {operation}"), trace: cause }
+}
+
+fn is_about_credentials<E>(error: &E) -> bool
+where
+    E: std::error::Error + 'static,
+{
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(source) = cause.source() {
+        if source.is::<CredentialsError>() {
+            return true;
+        }
+        cause = source;
+    }
+    false
 }
 
 /// The system's word for why there is no connection, such as "Connection refused".

@@ -20,7 +20,8 @@ BEGIN
     j.relation := NULL;
     IF j.dry_run OR j.rows_left <= j.rows_failed THEN
         j.state := 'done';
-        IF j.operation = 'rewrap_table' AND NOT j.dry_run AND j.rows_failed = 0 THEN
+        IF j.operation = 'rewrap_table' AND NOT j.dry_run AND j.rows_failed = 0
+           AND j.where_clause IS NULL AND j.percent = 100 THEN
             PERFORM vod_tender_crypto.job_note_key(j);
         END IF;
     ELSIF NOT job_end_pass.may_go_on THEN

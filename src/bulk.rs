@@ -424,6 +424,7 @@ mod vod_tender_crypto {
     /// An expression over a row of `target`, checked and written out again with the row called `t`. `{column}` in it
     /// stands for `column_name`; `changed` are the columns that the caller rewrites.
     #[pg_extern(stable, parallel_restricted)]
+    #[search_path(pg_catalog, pg_temp)]
     fn row_expression(
         target: pg_sys::Oid,
         expression: TextIn<'_>,

@@ -51,7 +51,7 @@ impl Purpose {
 pub fn checked(table: Oid, expression: &str, purpose: Purpose, changed: &[String]) -> String {
     // SAFETY: raises where there is no such table.
     let relation = unsafe { PgRelation::with_lock(table, pg_sys::AccessShareLock as pg_sys::LOCKMODE) };
-    let raw = parse(expression);
+    let raw = parse(table, expression);
     // SAFETY: `raw` is an expression of the raw parser; the parse state and everything made with it live in the current
     // memory context, and the relation is open until the end.
     unsafe {
@@ -65,21 +65,16 @@ pub fn checked(table: Oid, expression: &str, purpose: Purpose, changed: &[String
             true,
         );
         pg_sys::addNSItemToQuery(state, item, false, true, true);
-        // Reading a literal runs its type's input function, which for a domain runs what its owner wrote. As the table's
-        // owner, that is no more than the table's triggers could do.
-        let node = as_owner(&relation, || {
-            let node = pg_sys::transformExpr(state, raw, ParseExprKind::EXPR_KIND_CHECK_CONSTRAINT);
-            let node = coerced(state, node, purpose);
-            pg_sys::assign_expr_collations(state, node);
-            node
-        });
+        let node = pg_sys::transformExpr(state, raw, ParseExprKind::EXPR_KIND_CHECK_CONSTRAINT);
+        let node = coerced(state, node, purpose);
+        pg_sys::assign_expr_collations(state, node);
         let mut check = Check { table, purpose, changed };
         check_node(node, (&raw mut check).cast());
         if purpose == Purpose::Aad && pg_sys::contain_mutable_functions(node) {
             refuse(
                 Code::ERRCODE_INVALID_OBJECT_DEFINITION,
                 "it does not give the same for the same row under every setting",
-                "Use || on text; cast what is not text with ::text, and dates and times with extract() or to a number.",
+                "Use || on text, and cast what is not text with ::text; a time with AT TIME ZONE 'UTC' first.",
             );
         }
         let context = pg_sys::deparse_context_for(c"t".as_ptr(), table);
@@ -89,28 +84,8 @@ pub fn checked(table: Oid, expression: &str, purpose: Purpose, changed: &[String
     }
 }
 
-/// Runs `work` as the table's owner, who cannot become anybody else meanwhile. When `work` raises, the transaction's end
-/// brings the caller's identity back.
-///
-/// # Safety
-/// `work` does not leave by other ways than returning or raising.
-unsafe fn as_owner<T>(relation: &PgRelation, work: impl FnOnce() -> T) -> T {
-    // SAFETY: the relation is open; the identity is PostgreSQL's own to keep and restore.
-    unsafe {
-        let owner = (*relation.rd_rel).relowner;
-        let (mut user, mut security) = (Oid::INVALID, 0);
-        pg_sys::GetUserIdAndSecContext(&raw mut user, &raw mut security);
-        let restricted =
-            security | (pg_sys::SECURITY_RESTRICTED_OPERATION | pg_sys::SECURITY_LOCAL_USERID_CHANGE) as i32;
-        pg_sys::SetUserIdAndSecContext(owner, restricted);
-        let done = work();
-        pg_sys::SetUserIdAndSecContext(user, security);
-        done
-    }
-}
-
 /// One expression, as the raw parser gives it.
-fn parse(expression: &str) -> *mut pg_sys::Node {
+fn parse(mut table: Oid, expression: &str) -> *mut pg_sys::Node {
     let only_one = || -> ! {
         refuse(Code::ERRCODE_SYNTAX_ERROR, "it is not a single expression", "For example: provider || '/' || channel")
     };
@@ -147,34 +122,95 @@ fn parse(expression: &str) -> *mut pg_sys::Node {
         if !(*target).name.is_null() || !(*target).indirection.is_null() {
             only_one()
         }
-        check_raw((*target).val, std::ptr::null_mut());
+        check_raw((*target).val, (&raw mut table).cast());
         (*target).val
     }
 }
 
-/// Refuses casts to types that are not PostgreSQL's own, in every spelling, before they are looked at any closer: reading
-/// a literal of such a type may run its owner's functions. Gives `false`.
+/// Refuses, before PostgreSQL looks at it any closer, what could make it read a literal as a type that is not its own:
+/// that runs the type's input function and, for a domain, what its owner wrote. Gives `false`.
 #[pgrx::pg_guard]
 unsafe extern "C-unwind" fn check_raw(node: *mut pg_sys::Node, context: *mut c_void) -> bool {
     if node.is_null() {
         return false;
     }
-    // SAFETY: a node is read as what its tag says; looking up a type by name takes no parse state.
+    // SAFETY: the context is the table's OID; a node is read as what its tag says.
     unsafe {
-        let name = match (*node).type_ {
-            NodeTag::T_TypeCast => (*node.cast::<pg_sys::TypeCast>()).typeName,
-            NodeTag::T_FuncCall => pg_sys::makeTypeNameFromNameList((*node.cast::<pg_sys::FuncCall>()).funcname),
-            _ => std::ptr::null_mut(),
-        };
-        if !name.is_null() {
-            let found = pg_sys::LookupTypeName(std::ptr::null_mut(), name, std::ptr::null_mut(), true);
-            if !found.is_null() {
-                let oid = pg_sys::typeTypeId(found);
-                pg_sys::ReleaseSysCache(found);
+        match (*node).type_ {
+            NodeTag::T_TypeCast => {
+                let cast = &*node.cast::<pg_sys::TypeCast>();
+                check_type_name(cast.typeName);
+                if !cast.arg.is_null() && (*cast.arg).type_ == NodeTag::T_ColumnRef {
+                    // A column's value is only written out.
+                    return false;
+                }
+            }
+            NodeTag::T_FuncCall => {
+                let name = (*node.cast::<pg_sys::FuncCall>()).funcname;
+                check_qualification(name);
+                // A type's name can be called like a function.
+                check_type_name(pg_sys::makeTypeNameFromNameList(name));
+            }
+            NodeTag::T_A_Expr => check_qualification((*node.cast::<pg_sys::A_Expr>()).name),
+            NodeTag::T_ColumnRef => check_column(*context.cast::<Oid>(), &*node.cast::<pg_sys::ColumnRef>()),
+            _ => {}
+        }
+        pg_sys::raw_expression_tree_walker(node, Some(check_raw), context)
+    }
+}
+
+/// # Safety
+/// `name` is a type's name out of the raw parser.
+unsafe fn check_type_name(name: *mut pg_sys::TypeName) {
+    // SAFETY: as promised; looking up a type by name takes no parse state.
+    unsafe {
+        let found = pg_sys::LookupTypeName(std::ptr::null_mut(), name, std::ptr::null_mut(), true);
+        if !found.is_null() {
+            let oid = pg_sys::typeTypeId(found);
+            pg_sys::ReleaseSysCache(found);
+            check_type(oid);
+        }
+    }
+}
+
+/// Functions and operators of another schema take literals as their own types. What is not qualified is found in
+/// pg_catalog: the search_path has nothing else.
+///
+/// # Safety
+/// `name` is a list of strings out of the raw parser.
+unsafe fn check_qualification(name: *mut pg_sys::List) {
+    // SAFETY: as promised.
+    unsafe {
+        let parts = PgList::<pg_sys::Node>::from_pg(name);
+        if parts.len() > 1 && parts.get_ptr(0).is_none_or(|schema| string(schema) != Some(c"pg_catalog")) {
+            refuse_function()
+        }
+    }
+}
+
+/// # Safety
+/// `node` is of the raw parser, and lives as long as the result is used.
+unsafe fn string<'a>(node: *mut pg_sys::Node) -> Option<&'a CStr> {
+    // SAFETY: as promised; the tag says what it is.
+    unsafe { ((*node).type_ == NodeTag::T_String).then(|| CStr::from_ptr((*node.cast::<pg_sys::String>()).sval)) }
+}
+
+/// A column stands for itself where its type is PostgreSQL's own, or an enum; others are cast first.
+///
+/// # Safety
+/// `column` is of the raw parser.
+unsafe fn check_column(table: Oid, column: &pg_sys::ColumnRef) {
+    // SAFETY: as promised; the catalog is looked up by name.
+    unsafe {
+        let parts = PgList::<pg_sys::Node>::from_pg(column.fields);
+        let Some(name) = parts.get_ptr(parts.len().saturating_sub(1)).and_then(|name| string(name)) else { return };
+        let number = pg_sys::get_attnum(table, name.as_ptr());
+        if number > 0 {
+            let oid = pg_sys::get_atttype(table, number);
+            if pg_sys::get_typtype(oid) as u8 != pg_sys::TYPTYPE_ENUM {
                 check_type(oid);
             }
         }
-        pg_sys::raw_expression_tree_walker(node, Some(check_raw), context)
     }
 }
 
@@ -238,11 +274,7 @@ unsafe extern "C-unwind" fn check_node(node: *mut pg_sys::Node, context: *mut c_
 #[pgrx::pg_guard]
 unsafe extern "C-unwind" fn check_function(function: Oid, _context: *mut c_void) -> bool {
     if function.to_u32() >= pg_sys::FirstNormalObjectId {
-        refuse(
-            Code::ERRCODE_INSUFFICIENT_PRIVILEGE,
-            "it calls a function that is not PostgreSQL's own",
-            "The expression may be run by others later: only built-in functions and operators are allowed.",
-        )
+        refuse_function()
     }
     // SAFETY: these look the function up in the catalog cache. Those that may run other SQL are volatile or not safe
     // in parallel workers.
@@ -274,6 +306,14 @@ impl Check<'_> {
             )
         }
     }
+}
+
+fn refuse_function() -> ! {
+    refuse(
+        Code::ERRCODE_INSUFFICIENT_PRIVILEGE,
+        "it calls a function that is not PostgreSQL's own",
+        "The expression may be run by others later: only built-in functions and operators are allowed.",
+    )
 }
 
 fn refuse(code: Code, why: &str, hint: &str) -> ! {

@@ -1,5 +1,1 @@
-UPDATE oauth_tokens SET
-    access_token  = rewrap(access_token, :key),
-    refresh_token = rewrap(refresh_token, :key);
-
-UPDATE oauth_tokens SET encryption_key_id = envelope_info(access_token) ->> 'kek_id';
+CALL vod_tender_crypto.rewrap_table('oauth_tokens', key => :key, set_columns => '{"encryption_key_id": "{kek_id}"}');

@@ -3,7 +3,7 @@ SHELL := bash
 SECONDS_EACH ?= 60
 export KMS ?= local
 
-.PHONY: help setup build install demo test fmt lint test-unit test-tools test-regress test-e2e fuzz clean
+.PHONY: help setup build install demo test fmt lint test-unit test-tools test-regress test-e2e fuzz bench soak clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,12 @@ test-e2e: ## against real servers and emulators
 fuzz: ## every fuzz target for SECONDS_EACH seconds (60)
 	scripts/setup fuzz
 	scripts/fuzz $(SECONDS_EACH)
+
+bench: install ## figures of docs/BENCHMARKS.md
+	scripts/bench
+
+soak: install ## jobs under kills and traffic for SOAK_SECONDS (60) each stretch
+	scripts/soak
 
 clean: ## remove what was built
 	cargo clean

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::ffi::{CStr, c_int};
+use std::sync::OnceLock;
 
 use pgrx::callconv::{Arg, ArgAbi};
 use pgrx::datum::{Datum, UnboxDatum};
@@ -132,8 +133,10 @@ fn convert(bytes: &[u8], from: c_int, to: c_int) -> Option<Vec<u8>> {
 }
 
 fn server_encoding() -> c_int {
+    // A backend serves one database, so it is asked once; asking costs as much as opening a small value.
+    static ENCODING: OnceLock<c_int> = OnceLock::new();
     // SAFETY: returns a static.
-    unsafe { pg_sys::GetDatabaseEncoding() }
+    *ENCODING.get_or_init(|| unsafe { pg_sys::GetDatabaseEncoding() })
 }
 
 fn server_is(encoding: pg_sys::pg_enc::Type) -> bool {

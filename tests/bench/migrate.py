@@ -1,10 +1,11 @@
 """How fast `migrate` is beside a plain batched UPDATE that writes the same bytes, in one run; and whether it stays small.
 
-The server has PostgreSQL's default settings (fsync on), the KEK is in an emulated AWS KMS. Usage: migrate.py [ROWS].
+The server has PostgreSQL's default settings (fsync on), the KEK is in an emulated AWS KMS.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import secrets
 import statistics
@@ -16,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "e2e"))
 
 import emulators  # noqa: E402
+import report  # noqa: E402
 from cluster import Cluster  # noqa: E402
 
 DEFAULTS = {"fsync": "on", "full_page_writes": "on", "synchronous_commit": "on"}
@@ -133,13 +135,45 @@ def measure(rows: int, repeats: int) -> dict:
             calls = connection.execute("SELECT vod_tender_crypto.session_stats() -> 'calls'").fetchone()[0]
             return {
                 "rows": rows, "plain_s": statistics.median(plain), "migrate_s": statistics.median(migrated),
-                "memory_early_mb": max(early), "memory_late_mb": max(late), "calls": calls, "plain": plain, "migrated": migrated,
+                "memory_early_mb": max(early), "memory_late_mb": max(late), "calls": calls,
+                "plain": plain, "migrated": migrated, "repeats": repeats,
             }
 
 
+def text(found: dict) -> str:
+    """The result, as docs/BENCHMARKS.md shows it."""
+    rows, plain, migrate = found["rows"], found["plain_s"], found["migrate_s"]
+    calls = {operation: sum(outcome["calls"] for outcome in outcomes.values()) // found["repeats"]
+             for operation, outcomes in found["calls"]["aws-kms"].items()}
+    lines = [
+        f"{rows:,} rows with two token columns, medians of {found['repeats']} interleaved runs:",
+        "",
+        "| | seconds | rows a second | of the plain UPDATE's speed |",
+        "| --- | --- | --- | --- |",
+        f"| plain batched UPDATE, the same bytes | {plain:.1f} | {rows / plain:,.0f} | |",
+        f"| `migrate`, defaults | {migrate:.1f} | {rows / migrate:,.0f} | {100 * plain / migrate:.0f} % |",
+        "",
+        f"All runs: plain {', '.join(f'{each:.1f}' for each in found['plain'])} s; "
+        f"migrate {', '.join(f'{each:.1f}' for each in found['migrated'])} s. "
+        f"Calls to AWS KMS in one migration: {', '.join(f'{count:,} {name}' for name, count in sorted(calls.items()))}. "
+        f"Private memory of the backend: at most {found['memory_early_mb']:.0f} MB in the first quarter of a run, "
+        f"{found['memory_late_mb']:.0f} MB after it.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="put the result into docs/BENCHMARKS.md")
+    arguments = parser.parse_args()
+    found = measure(arguments.rows, arguments.repeats)
+    report.show("migrate", text(found), write=arguments.write)
+    # Flat: what a batch takes, not what a table takes.
+    if found["memory_late_mb"] > found["memory_early_mb"] + 8:
+        sys.exit("the backend's memory grew with the table")
+
+
 if __name__ == "__main__":
-    wanted = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
-    found = measure(wanted, int(sys.argv[2]) if len(sys.argv) > 2 else 1)
-    print(found)
-    print(f"plain {wanted / found['plain_s']:.0f} rows/s, migrate {wanted / found['migrate_s']:.0f} rows/s, "
-          f"{100 * found['plain_s'] / found['migrate_s']:.0f} %")
+    main()

@@ -167,8 +167,14 @@ impl Session {
 
     /// The KEK id of an envelope's wrap under the key, or else of its first one; `None` for what is no envelope.
     pub fn kek_id<W>(&mut self, run: &Run<'_, W>, value: Value<'_>, key: Option<&str>) -> Result<Option<String>> {
-        let Form::Envelope(known) = self.heads.form(value, &run.policy.limits)? else { return Ok(None) };
-        let own = known.wraps.iter().find(|(name, _)| Some(name.as_str()) == key).or(known.wraps.first());
+        let wraps = match self.heads.wraps(value) {
+            Some(wraps) => wraps,
+            None => match self.heads.form(value, &run.policy.limits)? {
+                Form::Envelope(known) => known.wraps,
+                _ => return Ok(None),
+            },
+        };
+        let own = wraps.iter().find(|(name, _)| Some(name.as_str()) == key).or(wraps.first());
         Ok(own.map(|(_, kek_id)| kek_id.clone()))
     }
 

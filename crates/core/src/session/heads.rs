@@ -75,6 +75,11 @@ impl Heads {
         Ok(Some((Rc::clone(&known.header), payload)))
     }
 
+    /// Wraps of an envelope whose header was seen before; its payload is not looked at.
+    pub(super) fn wraps(&mut self, value: Value<'_>) -> Option<Rc<[Under]>> {
+        self.0.get(head(value)?).map(|known| Rc::clone(&known.wraps))
+    }
+
     /// Remembers the header of an envelope.
     pub(super) fn remember(&mut self, value: Value<'_>, header: &[u8], limits: &Limits) -> Result<Known> {
         let under = |wrap: &Wrap<'_>| (wrap.key_name.to_owned(), wrap.kek_id.to_owned());

@@ -74,6 +74,13 @@ BEGIN
 END
 $$;
 
+-- What the job does, for the functions that do it value by value: the same text in every call.
+CREATE FUNCTION vod_tender_crypto.job_task(j vod_tender_crypto.job, aad_given boolean) RETURNS text
+    LANGUAGE sql STABLE
+RETURN jsonb_build_object(
+    'operation', (job_task.j).operation, 'key', (job_task.j).key, 'newest_kek_id', (job_task.j).newest_kek_id,
+    'context', (job_task.j).context, 'check_wraps', (job_task.j).check_wraps, 'aad_given', job_task.aad_given)::text;
+
 -- The condition on a row (called t) that the job has something to do with it.
 CREATE FUNCTION vod_tender_crypto.due_expression(j vod_tender_crypto.job, relation regclass) RETURNS text
     LANGUAGE plpgsql STABLE
@@ -83,11 +90,11 @@ DECLARE
     due text;
     key_columns name[] := vod_tender_crypto.primary_key((due_expression.j).target);
 BEGIN
-    SELECT format('(%s)', string_agg(format('vod_tender_crypto.is_due(t.%I%s, %L, %L::text, %L::text)', a.attname,
-               CASE WHEN a.atttypid = 'varchar'::regtype THEN '::text' ELSE '' END,
-               (due_expression.j).operation, (due_expression.j).key, (due_expression.j).newest_kek_id), ' OR '))
+    SELECT format('(%s)', string_agg(format('vod_tender_crypto.is_due(%L, t.%I%s)',
+               vod_tender_crypto.job_task(due_expression.j, (due_expression.j).aads[c.place] IS NOT NULL), a.attname,
+               CASE WHEN a.atttypid = 'varchar'::regtype THEN '::text' ELSE '' END), ' OR '))
     INTO due
-    FROM unnest((due_expression.j).columns) c(column_name)
+    FROM unnest((due_expression.j).columns) WITH ORDINALITY c(column_name, place)
     JOIN pg_attribute a ON a.attrelid = due_expression.relation AND a.attname = c.column_name;
     IF (due_expression.j).where_clause IS NOT NULL THEN
         due := due || format(' AND (%s)', vod_tender_crypto.row_expression(
@@ -151,8 +158,7 @@ BEGIN
         IF col.aad IS NOT NULL THEN
             aad := vod_tender_crypto.row_expression(plan_job.relation, col.aad, 'aad', col.column_name, changed);
         END IF;
-        arguments := format('%L, %s, %s, %L::boolean, %s, %L::text, %L::jsonb, %L::boolean', (plan_job.j).operation, stored, aad,
-            col.aad IS NOT NULL, version, (plan_job.j).key, (plan_job.j).context, (plan_job.j).check_wraps);
+        arguments := format('%L, %s, %s, %s', vod_tender_crypto.job_task(plan_job.j, col.aad IS NOT NULL), stored, aad, version);
         head_items := head_items || format(', vod_tender_crypto.needed_head(%s) AS h%s', stored, col.at);
         heads := concat_ws(' || ', heads, format('array_agg(DISTINCT b.h%s)', col.at));
         new_items := new_items || format(', vod_tender_crypto.convert_value(%1$s) AS n%2$s, %3$s IS NULL AS z%2$s, %4$s AS a%2$s',

@@ -170,10 +170,9 @@ AS $$
 DECLARE
     left_over bigint := greatest((job_prepare.j).run_rows_due - (job_prepare.j).run_rows_done, 0);
 BEGIN
-    PERFORM vod_tender_crypto.prepare_batch((job_prepare.j).operation, job_prepare.heads,
+    PERFORM vod_tender_crypto.prepare_batch(vod_tender_crypto.job_task(job_prepare.j, false), job_prepare.heads,
         job_prepare.n::bigint * (job_prepare.plan).columns,
-        (job_prepare.plan).columns * least(left_over, 60 * (job_prepare.j).max_rows_per_second::bigint),
-        (job_prepare.j).key, (job_prepare.j).context, (job_prepare.j).check_wraps);
+        (job_prepare.plan).columns * least(left_over, 60 * (job_prepare.j).max_rows_per_second::bigint));
 END
 $$;
 

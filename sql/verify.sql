@@ -30,7 +30,7 @@ BEGIN
         block := 0;
         WHILE block * current_setting('block_size')::bigint < pg_relation_size(relation) LOOP
             -- Forgets what key services refused before.
-            PERFORM vod_tender_crypto.prepare_batch('verify', NULL, 0, 0, NULL, NULL, false);
+            PERFORM vod_tender_crypto.prepare_batch(vod_tender_crypto.job_task(j, false), NULL, 0, 0);
             FOR failure IN EXECUTE plan.fail_sql
                 USING format('(%s,0)', block)::tid, format('(%s,65535)', block + blocks - 1)::tid
             LOOP

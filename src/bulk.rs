@@ -7,11 +7,13 @@ use pgrx::prelude::*;
 mod vod_tender_crypto {
     use std::cell::RefCell;
     use std::collections::HashMap;
+    use std::rc::Rc;
 
     use pgrx::Array;
     use pgrx::pg_sys::panic::ErrorReport;
     use pgrx::prelude::*;
     use vod_tender_core::Error;
+    use vod_tender_core::context::Context;
     use vod_tender_core::provider::{Fault, ProviderError, ProviderFuture, Wait};
     use vod_tender_core::session::{BulkOperation, BulkTask, Run};
     use vod_tender_core::sink::Sink;
@@ -28,81 +30,53 @@ mod vod_tender_crypto {
     /// Does a job's work on one value: gives the new one, the same one where nothing is to be done, and NULL for NULL and
     /// for what fails, which `conversion_error` explains. Calls no key service: what it needs was fetched by
     /// `prepare_batch`, so that nothing waits while rows are locked. Raises when it is not the value's fault.
-    #[allow(clippy::too_many_arguments)]
     #[pg_extern(name = "convert_value", volatile, parallel_restricted, cost = 100)]
     fn convert_value_text<'a>(
-        operation: TextIn<'a>,
+        task: TextIn<'a>,
         stored: Option<TextIn<'a>>,
         aad: Option<TextIn<'a>>,
-        aad_given: bool,
         version: Option<i32>,
-        key: Option<TextIn<'a>>,
-        context: Option<ContextIn>,
-        check_wraps: bool,
     ) -> Option<TextOut> {
         let stored = stored?;
         let value = Value::Text(stored.get()?);
-        let task = task(&operation, &key, &context, check_wraps);
-        convert(task, value, Aad::of(aad_given, &aad), version)
-            .ok()
-            .map(|new| TextOut(new.unwrap_or_else(|| copy(value))))
+        convert(&Task::of(&task), value, &aad, version).ok().map(|new| TextOut(new.unwrap_or_else(|| copy(value))))
     }
 
     /// The same for `bytea`.
-    #[allow(clippy::too_many_arguments)]
     #[pg_extern(name = "convert_value", volatile, parallel_restricted, cost = 100)]
     fn convert_value_bytea<'a>(
-        operation: TextIn<'a>,
+        task: TextIn<'a>,
         stored: Option<&'a [u8]>,
         aad: Option<TextIn<'a>>,
-        aad_given: bool,
         version: Option<i32>,
-        key: Option<TextIn<'a>>,
-        context: Option<ContextIn>,
-        check_wraps: bool,
     ) -> Option<BytesOut> {
         let value = Value::Bytes(stored?);
-        let task = task(&operation, &key, &context, check_wraps);
-        convert(task, value, Aad::of(aad_given, &aad), version)
-            .ok()
-            .map(|new| BytesOut(new.unwrap_or_else(|| copy(value))))
+        convert(&Task::of(&task), value, &aad, version).ok().map(|new| BytesOut(new.unwrap_or_else(|| copy(value))))
     }
 
     /// Why `convert_value` fails for a value: an SQLSTATE, or `retry` when what it needs was not fetched. NULL when it
     /// does not fail. For the operation `verify`, which locks nothing, it calls key services itself.
-    #[allow(clippy::too_many_arguments)]
     #[pg_extern(name = "conversion_error", volatile, parallel_restricted, cost = 100)]
     fn conversion_error_text<'a>(
-        operation: TextIn<'a>,
+        task: TextIn<'a>,
         stored: Option<TextIn<'a>>,
         aad: Option<TextIn<'a>>,
-        aad_given: bool,
         version: Option<i32>,
-        key: Option<TextIn<'a>>,
-        context: Option<ContextIn>,
-        check_wraps: bool,
     ) -> Option<String> {
         let stored = stored?;
         let Some(text) = stored.get() else { return Some(sqlstate_text(&Error::ArgumentNotText, Kind::Text)) };
-        let task = task(&operation, &key, &context, check_wraps);
-        convert(task, Value::Text(text), Aad::of(aad_given, &aad), version).err()
+        convert(&Task::of(&task), Value::Text(text), &aad, version).err()
     }
 
     /// The same for `bytea`.
-    #[allow(clippy::too_many_arguments)]
     #[pg_extern(name = "conversion_error", volatile, parallel_restricted, cost = 100)]
     fn conversion_error_bytea<'a>(
-        operation: TextIn<'a>,
+        task: TextIn<'a>,
         stored: Option<&'a [u8]>,
         aad: Option<TextIn<'a>>,
-        aad_given: bool,
         version: Option<i32>,
-        key: Option<TextIn<'a>>,
-        context: Option<ContextIn>,
-        check_wraps: bool,
     ) -> Option<String> {
-        let task = task(&operation, &key, &context, check_wraps);
-        convert(task, Value::Bytes(stored?), Aad::of(aad_given, &aad), version).err()
+        convert(&Task::of(&task), Value::Bytes(stored?), &aad, version).err()
     }
 
     /// What of a stored value the key service must see before it can be converted: its header, or the blob of the
@@ -126,18 +100,10 @@ mod vod_tender_crypto {
     /// Fetches from the key service what the next batch of a job needs: DEKs for `needed` values (and when it has to be
     /// asked at all, for `wanted`), and what `heads` stand for. What the service refuses about a head is kept for
     /// `conversion_error`; raises for everything else.
-    #[allow(clippy::too_many_arguments)]
     #[pg_extern(volatile, parallel_restricted)]
-    fn prepare_batch<'a>(
-        operation: TextIn<'a>,
-        heads: Option<Array<'a, &'a [u8]>>,
-        needed: i64,
-        wanted: i64,
-        key: Option<TextIn<'a>>,
-        context: Option<ContextIn>,
-        check_wraps: bool,
-    ) {
-        let task = task(&operation, &key, &context, check_wraps);
+    fn prepare_batch<'a>(task: TextIn<'a>, heads: Option<Array<'a, &'a [u8]>>, needed: i64, wanted: i64) {
+        let task = Task::of(&task);
+        let task = task.bulk();
         REFUSED.with_borrow_mut(HashMap::clear);
         if task.operation == BulkOperation::Migrate {
             let count = |values: i64| u64::try_from(values).unwrap_or_default();
@@ -196,17 +162,68 @@ mod vod_tender_crypto {
         REFUSED.with_borrow(|refused| refused.get(&head).cloned())
     }
 
-    fn task<'a>(
-        operation: &TextIn<'_>,
-        key: &'a Option<TextIn<'_>>,
-        context: &'a Option<ContextIn>,
+    /// What a job does, as its statements say it: one argument that is the same for every value, so that it is read once.
+    /// A JSON object as the function `job_task` of `sql/job_plan.sql` makes it.
+    struct Task {
+        text: String,
+        operation: BulkOperation,
+        key: Option<String>,
+        newest_kek_id: Option<String>,
+        context: Option<Context>,
         check_wraps: bool,
-    ) -> BulkTask<'a> {
-        BulkTask {
-            operation: named(operation),
-            key: key.as_ref().map(TextIn::as_str),
-            context: context.as_ref().map(ContextIn::context),
-            check_wraps,
+        aad_given: bool,
+    }
+
+    thread_local! {
+        /// The tasks that were read last. They hold no secret.
+        static TASKS: RefCell<Vec<Rc<Task>>> = const { RefCell::new(Vec::new()) };
+    }
+
+    impl Task {
+        fn of(text: &TextIn<'_>) -> Rc<Task> {
+            const KEPT: usize = 8;
+            let text = text.as_str();
+            TASKS.with_borrow_mut(|tasks| {
+                if let Some(task) = tasks.iter().find(|task| task.text == text) {
+                    return Rc::clone(task);
+                }
+                let Some(task) = Task::parse(text).map(Rc::new) else {
+                    invalid("not the task of a job", "Jobs make it.")
+                };
+                if tasks.len() == KEPT {
+                    tasks.remove(0);
+                }
+                tasks.push(Rc::clone(&task));
+                task
+            })
+        }
+
+        fn parse(text: &str) -> Option<Task> {
+            let json: serde_json::Value = serde_json::from_str(text).ok()?;
+            let string = |name: &str| json.get(name).and_then(serde_json::Value::as_str).map(str::to_owned);
+            let flag = |name: &str| json.get(name).and_then(serde_json::Value::as_bool);
+            let context = match json.get("context") {
+                None | Some(serde_json::Value::Null) => None,
+                Some(context) => Some(Context::from_json(&context.to_string()).ok()?),
+            };
+            Some(Task {
+                text: text.to_owned(),
+                operation: BulkOperation::from_name(&string("operation")?)?,
+                key: string("key"),
+                newest_kek_id: string("newest_kek_id"),
+                context,
+                check_wraps: flag("check_wraps")?,
+                aad_given: flag("aad_given")?,
+            })
+        }
+
+        fn bulk(&self) -> BulkTask<'_> {
+            BulkTask {
+                operation: self.operation,
+                key: self.key.as_deref(),
+                context: self.context.as_ref(),
+                check_wraps: self.check_wraps,
+            }
         }
     }
 
@@ -220,38 +237,22 @@ mod vod_tender_crypto {
         }
     }
 
-    enum Aad<'a> {
-        None,
-        Some(&'a str),
-        /// An expression was given and it is NULL here, or no text: the value would be bound to no row.
-        Unusable,
-    }
-
-    impl<'a> Aad<'a> {
-        fn of(given: bool, aad: &'a Option<TextIn<'_>>) -> Self {
-            match (given, aad.as_ref().and_then(TextIn::get)) {
-                (false, _) => Aad::None,
-                (true, Some(aad)) => Aad::Some(aad),
-                (true, None) => Aad::Unusable,
-            }
-        }
-    }
-
     const RETRY: &str = "retry";
 
     /// The new value, if there is one; or why there is none.
     fn convert(
-        task: BulkTask<'_>,
+        task: &Task,
         value: Value<'_>,
-        aad: Aad<'_>,
+        aad: &Option<TextIn<'_>>,
         version: Option<i32>,
     ) -> std::result::Result<Option<Varlena>, String> {
         const NULL_VALUE_NOT_ALLOWED: &str = "22004";
-        let aad = match aad {
-            Aad::None => None,
-            Aad::Some(aad) => Some(aad),
-            Aad::Unusable => return Err(NULL_VALUE_NOT_ALLOWED.to_owned()),
-        };
+        let aad = aad.as_ref().and_then(TextIn::get);
+        if task.aad_given && aad.is_none() {
+            // The expression gave NULL, or no text: the value would be bound to no row.
+            return Err(NULL_VALUE_NOT_ALLOWED.to_owned());
+        }
+        let task = task.bulk();
         if task.operation == BulkOperation::Verify
             && let Some(code) = refused(value)
         {
@@ -327,39 +328,22 @@ mod vod_tender_crypto {
         })
     }
 
-    /// Whether the operation has something to do with a stored value. Calls no key service.
+    /// Whether a job has something to do with a stored value. Calls no key service.
     #[pg_extern(name = "is_due", stable, parallel_restricted)]
-    fn is_due_text(
-        stored: Option<TextIn<'_>>,
-        operation: TextIn<'_>,
-        key: Option<TextIn<'_>>,
-        newest_kek_id: Option<TextIn<'_>>,
-    ) -> bool {
+    fn is_due_text(task: TextIn<'_>, stored: Option<TextIn<'_>>) -> bool {
         // What is no text at all is due, to be reported.
-        stored.is_some_and(|stored| {
-            stored.get().is_none_or(|stored| is_due(Value::Text(stored), &operation, &key, &newest_kek_id))
-        })
+        stored.is_some_and(|stored| stored.get().is_none_or(|stored| is_due(&Task::of(&task), Value::Text(stored))))
     }
 
     /// The same for `bytea`.
     #[pg_extern(name = "is_due", stable, parallel_restricted)]
-    fn is_due_bytea(
-        stored: Option<&[u8]>,
-        operation: TextIn<'_>,
-        key: Option<TextIn<'_>>,
-        newest_kek_id: Option<TextIn<'_>>,
-    ) -> bool {
-        stored.is_some_and(|stored| is_due(Value::Bytes(stored), &operation, &key, &newest_kek_id))
+    fn is_due_bytea(task: TextIn<'_>, stored: Option<&[u8]>) -> bool {
+        stored.is_some_and(|stored| is_due(&Task::of(&task), Value::Bytes(stored)))
     }
 
-    fn is_due(
-        value: Value<'_>,
-        operation: &TextIn<'_>,
-        key: &Option<TextIn<'_>>,
-        newest_kek_id: &Option<TextIn<'_>>,
-    ) -> bool {
-        let (key, newest) = (key.as_ref().map(TextIn::as_str), newest_kek_id.as_ref().map(TextIn::as_str));
-        backend::with(|session, run| session.is_due(run, named(operation), value, key, newest))
+    fn is_due(task: &Task, value: Value<'_>) -> bool {
+        let (key, newest) = (task.key.as_deref(), task.newest_kek_id.as_deref());
+        backend::with(|session, run| session.is_due(run, task.operation, value, key, newest))
             .unwrap_or_else(|error| raise(&error, value.kind()))
     }
 

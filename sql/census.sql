@@ -34,6 +34,8 @@ CREATE FUNCTION vod_tender_crypto.count_column(relation regclass, column_name na
     LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
 AS $$
+DECLARE
+    name text := vod_tender_crypto.lock_relation(count_column.relation, false);
 BEGIN
     RETURN QUERY EXECUTE format(
         'SELECT (l.under ->> ''version'')::integer, w.wrap ->> 0, w.wrap ->> 1, sum(l.value_count)::bigint
@@ -43,7 +45,7 @@ BEGIN
          LEFT JOIN LATERAL jsonb_array_elements(l.under -> ''wraps'') w(wrap) ON true
          GROUP BY 1, 2, 3 ORDER BY 1, 2, 3',
         count_column.column_name,
-        CASE WHEN count_column.base_type = 'bytea'::regtype THEN 'bytea' ELSE 'text' END, count_column.relation);
+        CASE WHEN count_column.base_type = 'bytea'::regtype THEN 'bytea' ELSE 'text' END, name);
 END
 $$;
 
@@ -168,6 +170,15 @@ BEGIN
             DETAIL = needed || '.',
             HINT = 'CALL vod_tender_crypto.rewrap_table() puts them under another key.';
     END IF;
+    SELECT string_agg(w.what, '; ') INTO needed
+    FROM (SELECT 'vod_tender_crypto.default_key' WHERE current_setting('vod_tender_crypto.default_key') = retire_key.name
+          UNION ALL
+          SELECT format('the registration of %I.%I.%I', p.schema_name, p.table_name, p.column_name)
+          FROM vod_tender_crypto.protected_column p WHERE p.key = retire_key.name) w(what);
+    IF needed IS NOT NULL THEN
+        RAISE WARNING 'key "%" is retired, and still named by: %', retire_key.name, needed
+            USING HINT = 'What would encrypt under it fails until another key is named there.';
+    END IF;
     UPDATE vod_tender_crypto.kek k SET state = 'disabled' WHERE k.name = retire_key.name;
 END
 $$;
@@ -198,6 +209,6 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION vod_tender_crypto.legacy_key_unused() IS
-    'Whether nothing stored in this database needs the legacy key any more; says what does.';
+    'Whether nothing stored in this database needs the legacy key any more, as far as it is committed; says what does. Run it when no session writes version 1 any more.';
 
 SET LOCAL search_path = @extschema@, pg_temp;

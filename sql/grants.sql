@@ -28,3 +28,18 @@ REVOKE ALL ON ALL ROUTINES IN SCHEMA vod_tender_crypto FROM PUBLIC;
 -- Reaching one's own counters.
 GRANT EXECUTE ON FUNCTION vod_tender_crypto.session_stats() TO PUBLIC;
 GRANT USAGE ON SCHEMA vod_tender_crypto TO PUBLIC;
+-- What nobody needs to call by itself says so.
+DO $$
+DECLARE
+    routine record;
+BEGIN
+    FOR routine IN
+        SELECT p.oid::pg_catalog.regprocedure AS name FROM pg_catalog.pg_proc p
+        WHERE p.pronamespace OPERATOR(pg_catalog.=) 'vod_tender_crypto'::pg_catalog.regnamespace
+          AND pg_catalog.obj_description(p.oid, 'pg_proc') IS NULL
+    LOOP
+        EXECUTE pg_catalog.format('COMMENT ON ROUTINE %s IS %L', routine.name, 'Internal.');
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION vod_tender_crypto.session_stats() IS 'This session''s counters: cache, data keys, calls to key services by operation and outcome.';

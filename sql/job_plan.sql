@@ -3,6 +3,7 @@ SET LOCAL search_path = pg_catalog, pg_temp;
 
 CREATE TYPE vod_tender_crypto.job_plan AS (
     table_name text,   -- as the statements name it
+    guarded   boolean, -- whether they check what triggers made of a row
     columns   integer, -- how many
     look_sql  text,    -- $1, $2 first place and the one behind the last, $3 most rows
                        -- -> rows that are due, the last one's place, the heads of their values
@@ -13,7 +14,7 @@ CREATE TYPE vod_tender_crypto.job_plan AS (
     try_sql   text,    -- $1, $2 first and last place -> rows that would be written
     fail_sql  text,    -- $1, $2 first and last place -> key, column and SQLSTATE of what cannot be converted
     key_sql   text,    -- $1 place -> the row's key as jsonb
-    count_sql text     -- -> rows that are due
+    count_sql text     -- $1 job -> rows that are due, but those that failed in it
 );
 
 CREATE FUNCTION vod_tender_crypto.primary_key(relation regclass) RETURNS name[]
@@ -29,11 +30,37 @@ CREATE FUNCTION vod_tender_crypto.key_expression(relation regclass) RETURNS text
     LANGUAGE sql STABLE
 BEGIN ATOMIC
     SELECT coalesce(
-        (SELECT format('jsonb_build_object(%s)', string_agg(format('%L, t.%I', k.column_name, k.column_name), ', ' ORDER BY k.place))
+        (SELECT format('jsonb_build_object(%s)', string_agg(format('%L, t.%I%s', k.column_name, k.column_name,
+                -- Turning a type into JSON may call a cast of its owner's.
+                CASE WHEN a.atttypid >= 16384 THEN '::text' ELSE '' END), ', ' ORDER BY k.place))
          FROM unnest(vod_tender_crypto.primary_key(key_expression.relation)) WITH ORDINALITY k(column_name, place)
+         JOIN pg_attribute a ON a.attrelid = key_expression.relation AND a.attname = k.column_name
          HAVING count(*) > 0),
         'jsonb_build_object(''ctid'', t.ctid::text)');
 END;
+
+-- row_expression() with the argument's name in what it raises.
+CREATE FUNCTION vod_tender_crypto.checked_expression(
+    relation regclass, expression text, purpose text, column_name name, changed text[]
+) RETURNS text
+    LANGUAGE plpgsql STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    message text;
+    hint text;
+BEGIN
+    IF checked_expression.expression IS NULL THEN
+        RETURN NULL;
+    END IF;
+    RETURN vod_tender_crypto.row_expression(checked_expression.relation, checked_expression.expression,
+        checked_expression.purpose, checked_expression.column_name, checked_expression.changed);
+EXCEPTION WHEN OTHERS THEN
+    GET STACKED DIAGNOSTICS message = MESSAGE_TEXT, hint = PG_EXCEPTION_HINT;
+    RAISE EXCEPTION USING ERRCODE = SQLSTATE,
+        MESSAGE = format('unusable %s: %s', checked_expression.purpose, message), HINT = hint;
+END
+$$;
 
 -- What a job writes into the application's own columns: items of an UPDATE's SET, and conditions that they were written.
 CREATE FUNCTION vod_tender_crypto.bookkeeping(
@@ -65,7 +92,7 @@ BEGIN
         END IF;
         value := quote_nullable(replace(item.value, '{key}', coalesce((bookkeeping.j).key, '')));
         IF strpos(item.value, '{kek_id}') > 0 THEN
-            value := format('replace(%s, ''{kek_id}'', l.kek_id)', value);
+            value := format('pg_catalog.replace(%s, ''{kek_id}'', l.kek_id)', value);
         END IF;
         -- Without a cast, which would cut off what is too long for the column.
         items := items || format('%I = %s', item.column_name, value);
@@ -97,7 +124,7 @@ BEGIN
     FROM unnest((due_expression.j).columns) WITH ORDINALITY c(column_name, place)
     JOIN pg_attribute a ON a.attrelid = due_expression.relation AND a.attname = c.column_name;
     IF (due_expression.j).where_clause IS NOT NULL THEN
-        due := due || format(' AND (%s)', vod_tender_crypto.row_expression(
+        due := due || format(' AND (%s)', vod_tender_crypto.checked_expression(
             due_expression.relation, (due_expression.j).where_clause, 'where_clause', NULL, '{}'));
     END IF;
     IF (due_expression.j).percent < 100 THEN
@@ -106,7 +133,7 @@ BEGIN
                 MESSAGE = format('%s has no primary key, so no stable share of its rows can be chosen', (due_expression.j).target),
                 HINT = 'Use where_clause instead of percent.';
         END IF;
-        due := due || format(' AND (hash_record_extended(ROW(%s), 0) & 9223372036854775807) %% 1000000 < %s',
+        due := due || format(' AND (pg_catalog.hash_record_extended(ROW(%s), 0) & 9223372036854775807) %% 1000000 < %s::bigint',
             (SELECT string_agg(format('t.%I', k), ', ') FROM unnest(key_columns) k),
             ((due_expression.j).percent * 10000)::bigint);
     END IF;
@@ -114,24 +141,32 @@ BEGIN
 END
 $$;
 
+-- Whether a trigger may change a row before it is written.
+CREATE FUNCTION vod_tender_crypto.has_before_trigger(relation regclass, triggers text) RETURNS boolean
+    LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT EXISTS (
+        SELECT FROM pg_trigger g
+        WHERE g.tgrelid = has_before_trigger.relation AND NOT g.tgisinternal
+          AND g.tgenabled IN ('A', CASE has_before_trigger.triggers WHEN 'fire' THEN 'O' ELSE 'R' END::"char")
+          AND g.tgtype & 1 = 1 AND g.tgtype & 2 = 2 AND g.tgtype & 16 = 16);
+END;
+
 CREATE FUNCTION vod_tender_crypto.plan_job(j vod_tender_crypto.job, relation regclass) RETURNS vod_tender_crypto.job_plan
     LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     plan vod_tender_crypto.job_plan;
-    table_name text := plan_job.relation::text;
+    -- Locked, so that the name stays its own for as long as the statements are used: until the transaction ends.
+    table_name text := vod_tender_crypto.lock_relation(plan_job.relation, false);
     due text := vod_tender_crypto.due_expression(plan_job.j, plan_job.relation);
     set_items text[];
     -- What an aad must not be made of.
     changed text[] := (plan_job.j).columns::text[] || ARRAY(SELECT jsonb_object_keys((plan_job.j).set_columns));
     -- A trigger may change what the job writes, or leaves alone.
-    guarded boolean := EXISTS (
-        SELECT FROM pg_trigger g
-        WHERE g.tgrelid = plan_job.relation AND NOT g.tgisinternal
-          AND g.tgenabled IN ('A', CASE (plan_job.j).triggers WHEN 'fire' THEN 'O' ELSE 'R' END::"char")
-          AND g.tgtype & 1 = 1 AND g.tgtype & 2 = 2 AND g.tgtype & 16 = 16);
-    version text := 'NULL::integer';
+    guarded boolean := vod_tender_crypto.has_before_trigger(plan_job.relation, (plan_job.j).triggers);
+    version text;
     needs_heads boolean := (plan_job.j).operation <> 'migrate';
     col record;
     aad text;
@@ -142,13 +177,12 @@ BEGIN
     SELECT b.items, array_to_string(b.checks, ' AND ') INTO set_items, same
     FROM vod_tender_crypto.bookkeeping(plan_job.j, plan_job.relation) b;
     same := nullif(same, '');
-    IF (plan_job.j).version IS NOT NULL THEN
-        version := vod_tender_crypto.row_expression(plan_job.relation, (plan_job.j).version, 'version', NULL, '{}');
-    END IF;
     plan.table_name := table_name;
+    plan.guarded := guarded;
     plan.columns := cardinality((plan_job.j).columns);
     FOR col IN
-        SELECT c.column_name, c.place AS at, a.atttypid = 'bytea'::regtype AS is_bytea, (plan_job.j).aads[c.place] AS aad
+        SELECT c.column_name, c.place AS at, a.atttypid = 'bytea'::regtype AS is_bytea, (plan_job.j).aads[c.place] AS aad,
+               (plan_job.j).versions[c.place] AS version
         FROM unnest((plan_job.j).columns) WITH ORDINALITY c(column_name, place)
         JOIN pg_attribute a ON a.attrelid = plan_job.relation AND a.attname = c.column_name
         ORDER BY c.place
@@ -156,7 +190,11 @@ BEGIN
         stored := format('t.%I%s', col.column_name, CASE WHEN col.is_bytea THEN '' ELSE '::text' END);
         aad := 'NULL::text';
         IF col.aad IS NOT NULL THEN
-            aad := vod_tender_crypto.row_expression(plan_job.relation, col.aad, 'aad', col.column_name, changed);
+            aad := vod_tender_crypto.checked_expression(plan_job.relation, col.aad, 'aad', col.column_name, changed);
+        END IF;
+        version := 'NULL::integer';
+        IF col.version IS NOT NULL THEN
+            version := vod_tender_crypto.checked_expression(plan_job.relation, col.version, 'version', col.column_name, '{}');
         END IF;
         arguments := format('%L, %s, %s, %s', vod_tender_crypto.job_task(plan_job.j, col.aad IS NOT NULL), stored, aad, version);
         head_items := head_items || format(', vod_tender_crypto.needed_head(%s) AS h%s', stored, col.at);
@@ -198,10 +236,10 @@ BEGIN
                    OFFSET 0) l
              WHERE t.ctid = l.tid AND t.xmin = l.xmin AND t.ctid >= $1 AND t.ctid <= $2 AND %6$s
              RETURNING %7$s AS same)
-         SELECT count(*), coalesce(bool_and(w.same), true) FROM written w',
-        table_name, array_to_string(set_items, ', '), new_items, CASE WHEN guarded THEN ', to_jsonb(t.*) AS whole' ELSE '' END,
+         SELECT pg_catalog.count(*), coalesce(pg_catalog.bool_and(w.same), true) FROM written w',
+        table_name, array_to_string(set_items, ', '), new_items, CASE WHEN guarded THEN ', pg_catalog.to_jsonb(t.*) AS whole' ELSE '' END,
         due, fine,
-        CASE WHEN guarded THEN same || format(' AND to_jsonb(t.*) - %1$L::text[] = l.whole - %1$L::text[]',
+        CASE WHEN guarded THEN same || format(' AND pg_catalog.to_jsonb(t.*) - %1$L::text[] = l.whole - %1$L::text[]',
             changed || ARRAY(SELECT a.attname::text FROM pg_attribute a
                              WHERE a.attrelid = plan_job.relation AND a.attgenerated <> '')) ELSE 'true' END,
         CASE WHEN strpos((plan_job.j).set_columns::text, '{kek_id}') > 0 THEN format(', coalesce(%s) AS kek_id', kek_ids) ELSE '' END);
@@ -216,7 +254,10 @@ BEGIN
         vod_tender_crypto.key_expression(plan_job.relation), errors, table_name, due, error_rows);
     plan.key_sql := format('SELECT %s FROM ONLY %s t WHERE t.ctid = $1',
         vod_tender_crypto.key_expression(plan_job.relation), table_name);
-    plan.count_sql := format('SELECT count(*) FROM ONLY %s t WHERE %s', table_name, due);
+    plan.count_sql := format(
+        'SELECT count(*) FROM ONLY %s t WHERE %s AND NOT EXISTS (
+             SELECT FROM vod_tender_crypto.job_error e WHERE e.job = $1 AND e.relation = %s::regclass AND e.row_key = %s)',
+        table_name, due, plan_job.relation::oid, vod_tender_crypto.key_expression(plan_job.relation));
     RETURN plan;
 END
 $$;

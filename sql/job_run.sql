@@ -18,7 +18,9 @@ BEGIN
     j.rows_failed := vod_tender_crypto.job_count_failed(j);
     j.rows_left := vod_tender_crypto.job_count_due(j);
     j.relation := NULL;
-    IF j.dry_run OR j.rows_left <= j.rows_failed THEN
+    -- Counted without those that failed, which are left too.
+    j.rows_left := j.rows_left + j.rows_failed;
+    IF j.dry_run OR j.rows_left = j.rows_failed THEN
         j.state := 'done';
         IF j.operation = 'rewrap_table' AND NOT j.dry_run AND j.rows_failed = 0
            AND j.where_clause IS NULL AND j.percent = 100 THEN
@@ -42,7 +44,7 @@ DECLARE
     most_blocks CONSTANT bigint := 65536;
     -- How long a service that throttles is asked again, and how many passes may follow one that brought nothing.
     throttled_at_most CONSTANT interval := interval '30 minutes';
-    idle_passes_at_most CONSTANT integer := 30;
+    idle_passes_at_most CONSTANT integer := 10;
 
     caller_path text := pg_catalog.current_setting('search_path');
     caller_isolation text := pg_catalog.current_setting('default_transaction_isolation');
@@ -82,8 +84,9 @@ BEGIN
     -- not reach a procedure that was called by another one.
     PERFORM set_config('default_transaction_isolation', 'read committed', false);
     COMMIT;
+    -- First of all in every transaction: without it, operators and functions are the caller's path's.
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     LOOP
-        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
         failed_with := NULL;
         BEGIN
             IF NOT vod_tender_crypto.job_goes_on(j) THEN
@@ -119,6 +122,9 @@ BEGIN
                     rows_fit := j.batch_size;
                     phase := 'look';
                 END IF;
+            ELSIF phase = 'plan' THEN
+                plan := vod_tender_crypto.plan_job(j, j.relation);
+                phase := 'look';
             ELSIF phase = 'look' THEN
                 IF j.rows_failed > j.max_errors THEN
                     RAISE EXCEPTION USING ERRCODE = 'data_exception',
@@ -128,9 +134,7 @@ BEGIN
                         HINT = 'The rows are in vod_tender_crypto.job_error.';
                 END IF;
                 batch_began := clock_timestamp();
-                EXECUTE format('LOCK TABLE ONLY %s IN ACCESS SHARE MODE', j.relation);
-                IF plan.table_name::regclass <> j.relation THEN
-                    -- Renamed since it was planned, and another table has the name.
+                IF vod_tender_crypto.lock_relation(j.relation, false) <> plan.table_name THEN
                     plan := vod_tender_crypto.plan_job(j, j.relation);
                 END IF;
                 IF j.filenode IS DISTINCT FROM pg_relation_filenode(j.relation)::oid THEN
@@ -170,12 +174,10 @@ BEGIN
                 END IF;
                 outcome := vod_tender_crypto.job_write(j, plan, before.next_row, looked.last_row, looked.n, caller_path);
                 j := outcome.j;
-                IF outcome.retries > 0 THEN
-                    IF outcome.written = 0 AND looked.n = 1 AND plan.table_name::regclass = j.relation THEN
-                        RAISE EXCEPTION USING ERRCODE = 'object_not_in_prerequisite_state',
-                            MESSAGE = 'the data keys that one row needs are not kept long enough to use them',
-                            HINT = 'Raise vod_tender_crypto.dek_cache_entries, dek_max_age or dek_max_bytes.';
-                    END IF;
+                IF outcome.replan THEN
+                    j.next_row := before.next_row;
+                    phase := 'plan';
+                ELSIF outcome.retries > 0 THEN
                     j.next_row := before.next_row;
                     rows_fit := greatest(1, looked.n / 2);
                     PERFORM vod_tender_crypto.job_note(j);
@@ -188,14 +190,16 @@ BEGIN
                     pause := greatest(0, looked.n::double precision / j.max_rows_per_second
                                          - extract(epoch FROM clock_timestamp() - batch_began)::double precision);
                 END IF;
-                phase := 'look';
+                IF phase <> 'plan' THEN
+                    phase := 'look';
+                END IF;
             ELSIF phase = 'end of pass' THEN
                 j := vod_tender_crypto.job_end_pass(j, idle_passes < idle_passes_at_most);
                 IF j.state = 'running' THEN
                     idle_passes := CASE WHEN j.rows_left < coalesce(least_left, j.rows_left + 1) THEN 0 ELSE idle_passes + 1 END;
                     least_left := least(least_left, j.rows_left);
                     j.rows_left := NULL;
-                    pause := least(idle_passes, 1);
+                    pause := idle_passes;
                     phase := 'pass';
                 ELSE
                     phase := 'end';
@@ -220,12 +224,19 @@ BEGIN
             throttles := throttles + 1;
             pause := least(30, 0.5 * 2 ^ least(throttles, 10)) * (0.5 + random() / 2);
         ELSE
+            IF "left"(failed_with, 2) IN ('22', '23') AND failed_with <> '22000' AND phase NOT IN ('begin', 'prepare') THEN
+                -- PostgreSQL's words may quote a value.
+                failed_message := format('a value does not suit an expression or a constraint (SQLSTATE %s)', failed_with);
+                failed_detail := '';
+                failed_hint := '';
+            END IF;
             PERFORM vod_tender_crypto.job_fail(j, failed_with, failed_message);
             PERFORM vod_tender_crypto.job_unlock(j.job);
             PERFORM set_config('default_transaction_isolation', caller_isolation, false);
             COMMIT;
+            PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
             RAISE EXCEPTION USING ERRCODE = failed_with,
-                MESSAGE = format('job %s stopped: %s', j.job, failed_message), DETAIL = failed_detail,
+                MESSAGE = format('job %s failed: %s', j.job, failed_message), DETAIL = failed_detail,
                 HINT = concat_ws(' ', nullif(failed_hint, ''), format('CALL vod_tender_crypto.resume(%s) continues the job.', j.job));
         END IF;
         IF phase = 'end' THEN
@@ -233,6 +244,7 @@ BEGIN
             PERFORM set_config('default_transaction_isolation', caller_isolation, false);
         END IF;
         COMMIT;
+        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
         EXIT WHEN phase = 'end';
         IF clock_timestamp() > noticed_at + interval '10 seconds' THEN
             noticed_at := clock_timestamp();
@@ -242,8 +254,8 @@ BEGIN
                 CASE WHEN throttles > 0 THEN '; the key service throttles' ELSE '' END;
         END IF;
     END LOOP;
-    RAISE NOTICE 'job % %: % rows %, % failed, % left', j.job, j.state, j.rows_done,
-        CASE WHEN j.dry_run THEN 'would be done (dry run)' ELSE 'done' END, j.rows_failed, coalesce(j.rows_left::text, 'some');
+    RAISE NOTICE 'job % %: % rows %, % failed, % left', j.job, j.state, j.run_rows_done,
+        CASE WHEN j.dry_run THEN 'would be done (dry run)' ELSE 'done' END, j.rows_failed, coalesce(j.rows_left::text, format('about %s', greatest(j.run_rows_due - j.run_rows_done, 0)));
     IF j.state = 'incomplete' THEN
         RAISE WARNING 'job %: % rows are left that it could not get hold of', j.job, j.rows_left - j.rows_failed
             USING HINT = format('They are locked, or rows keep arriving that need it. CALL vod_tender_crypto.resume(%s) tries again.', j.job);

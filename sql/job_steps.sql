@@ -54,6 +54,11 @@ AS $$
 DECLARE
     taken vod_tender_crypto.job;
 BEGIN
+    IF NOT EXISTS (SELECT FROM vod_tender_crypto.job o WHERE o.job = job_take.job_id) THEN
+        RAISE EXCEPTION USING ERRCODE = 'undefined_object',
+            MESSAGE = format('there is no job %s', coalesce(job_take.job_id::text, 'NULL')),
+            HINT = 'Jobs are in vod_tender_crypto.job: those on tables that you own.';
+    END IF;
     IF NOT vod_tender_crypto.job_lock(job_take.job_id) THEN
         RAISE EXCEPTION USING ERRCODE = 'object_in_use',
             MESSAGE = format('job %s is being run by another session', job_take.job_id),
@@ -68,12 +73,6 @@ BEGIN
         relation = CASE WHEN o.state NOT IN ('done', 'incomplete') AND o.rows_failed = 0 THEN o.relation END
     WHERE o.job = job_take.job_id
     RETURNING * INTO taken;
-    IF NOT FOUND THEN
-        PERFORM vod_tender_crypto.job_unlock(job_take.job_id);
-        RAISE EXCEPTION USING ERRCODE = 'undefined_object',
-            MESSAGE = format('there is no job %s', job_take.job_id),
-            HINT = 'Jobs are in vod_tender_crypto.job: those on tables that you own.';
-    END IF;
     DELETE FROM vod_tender_crypto.job_error e WHERE e.job = job_take.job_id;
     RETURN taken;
 END
@@ -125,7 +124,7 @@ DECLARE
     due bigint := 0;
 BEGIN
     FOR part IN SELECT vod_tender_crypto.storing_relations((job_count_due.j).target) LOOP
-        EXECUTE (vod_tender_crypto.plan_job(job_count_due.j, part)).count_sql INTO rows_in_part;
+        EXECUTE (vod_tender_crypto.plan_job(job_count_due.j, part)).count_sql INTO rows_in_part USING (job_count_due.j).job;
         due := due + rows_in_part;
     END LOOP;
     RETURN due;
@@ -139,6 +138,15 @@ CREATE FUNCTION vod_tender_crypto.job_begin_run(j vod_tender_crypto.job) RETURNS
 AS $$
 BEGIN
     PERFORM vod_tender_crypto.check_target((job_begin_run.j).target, (job_begin_run.j).columns, true);
+    IF (job_begin_run.j).operation = 'migrate' AND NOT (job_begin_run.j).dry_run AND EXISTS (
+        SELECT FROM unnest((job_begin_run.j).columns, (job_begin_run.j).aads) w(column_name, aad)
+        LEFT JOIN vod_tender_crypto.registered((job_begin_run.j).target, (job_begin_run.j).columns) r USING (column_name)
+        WHERE r.is_registered IS NOT TRUE OR r.aad IS DISTINCT FROM w.aad)
+    THEN
+        RAISE EXCEPTION USING ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = 'its columns are registered with another aad by now, or not at all',
+            HINT = 'Begin a new job.';
+    END IF;
     SELECT k.newest_kek_id INTO j.newest_kek_id
     FROM vod_tender_crypto.job_key((job_begin_run.j).operation, (job_begin_run.j).key, (job_begin_run.j).context) k;
     PERFORM vod_tender_crypto.job_note(job_begin_run.j);
@@ -146,7 +154,7 @@ BEGIN
 END
 $$;
 
--- Looks for the next rows that are due.
+-- Looks for the next rows that are due. Plans anew where the plan's name is not the relation's any more.
 CREATE FUNCTION vod_tender_crypto.job_look(
     plan vod_tender_crypto.job_plan, from_row tid, to_row tid, most_rows integer,
     OUT n integer, OUT last_row tid, OUT heads bytea[]
@@ -192,6 +200,9 @@ CREATE FUNCTION vod_tender_crypto.job_note_error(j vod_tender_crypto.job, row_ke
     SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
+    IF job_note_error.row_key IS NULL THEN
+        RETURN; -- The row changed meanwhile: it is looked at again.
+    END IF;
     INSERT INTO vod_tender_crypto.job_error AS e (job, relation, row_key, column_name, sqlstate, pass)
     VALUES ((job_note_error.j).job, (job_note_error.j).relation, job_note_error.row_key, job_note_error.column_name,
             job_note_error.code, (job_note_error.j).pass)
@@ -250,7 +261,7 @@ $$;
 -- Writes a batch and counts. `retries`: values whose keys were not at hand any more.
 CREATE FUNCTION vod_tender_crypto.job_write(
     INOUT j vod_tender_crypto.job, plan vod_tender_crypto.job_plan, first_row tid, last_row tid, n integer, caller_path text,
-    OUT written bigint, OUT retries bigint
+    OUT written bigint, OUT retries bigint, OUT replan boolean
 )
     LANGUAGE plpgsql VOLATILE
     SET search_path = pg_catalog, pg_temp
@@ -264,16 +275,19 @@ DECLARE
     row_key jsonb;
     code text;
     failed bigint := j.rows_failed;
+    failures bigint := j.rows_failed;
 BEGIN
     retries := 0;
     written := 0;
+    replan := false;
     IF j.dry_run THEN
         EXECUTE plan.try_sql INTO written USING first_row, last_row;
     ELSE
-        EXECUTE format('LOCK TABLE ONLY %s IN ROW EXCLUSIVE MODE', plan.table_name);
-        IF plan.table_name::regclass <> j.relation THEN
-            -- Renamed since it was planned, and another table has the name. The next look plans anew.
-            retries := 1;
+        -- Under this lock it is not renamed and gets no new trigger; if that happened since it was planned, nothing is
+        -- written and the next look plans anew.
+        IF vod_tender_crypto.lock_relation(j.relation, true) <> plan.table_name
+           OR vod_tender_crypto.has_before_trigger(j.relation, j.triggers) <> plan.guarded THEN
+            replan := true;
             RETURN;
         END IF;
         LOOP
@@ -283,7 +297,7 @@ BEGIN
             EXCEPTION WHEN OTHERS THEN
                 IF NOT lock_first AND SQLSTATE IN ('55P03', '40P01') THEN
                     lock_first := true;
-                ELSIF vod_tender_crypto.concerns_one_row(SQLSTATE) THEN
+                ELSIF vod_tender_crypto.concerns_one_row(SQLSTATE) OR SQLSTATE IN ('55P03', '40P01', '40001') THEN
                     one_by_one := true;
                     EXIT;
                 ELSE
@@ -296,6 +310,7 @@ BEGIN
         -- One row of the batch cannot be written: find it.
         EXECUTE plan.rows_sql INTO tids USING first_row, last_row;
         FOREACH one IN ARRAY coalesce(tids, '{}') LOOP
+            EXIT WHEN failures > j.max_errors;
             BEGIN
                 written := written + vod_tender_crypto.job_update(j, plan, one, one, NULL, caller_path, false);
             EXCEPTION WHEN OTHERS THEN
@@ -303,7 +318,8 @@ BEGIN
                     code := SQLSTATE;
                     EXECUTE plan.key_sql INTO row_key USING one;
                     PERFORM vod_tender_crypto.job_note_error(j, row_key, '*', code);
-                ELSIF SQLSTATE NOT IN ('55P03', '40P01') THEN
+                    failures := failures + 1;
+                ELSIF SQLSTATE NOT IN ('55P03', '40P01', '40001') THEN
                     RAISE;
                 END IF;
             END;
@@ -311,8 +327,11 @@ BEGIN
     END IF;
     IF written < n THEN
         FOR failure IN EXECUTE plan.fail_sql USING first_row, last_row LOOP
-            IF failure.code = 'retry' THEN
+            IF failure.code = 'retry' AND n > 1 THEN
                 retries := retries + 1;
+            ELSIF failure.code = 'retry' THEN
+                -- Not even for this row alone are its data keys kept long enough.
+                PERFORM vod_tender_crypto.job_note_error(j, failure.row_key, failure.column_name, '55000');
             ELSE
                 PERFORM vod_tender_crypto.job_note_error(j, failure.row_key, failure.column_name, failure.code);
             END IF;
@@ -323,6 +342,8 @@ BEGIN
     j.run_rows_done := j.run_rows_done + written;
     j.rows_skipped := j.rows_skipped + greatest(n - written - greatest(j.rows_failed - failed, 0) - retries, 0);
     PERFORM vod_tender_crypto.job_note(j);
+    -- What waits for the commit fails here, where it is noted.
+    SET CONSTRAINTS ALL IMMEDIATE;
 END
 $$;
 

@@ -10,7 +10,7 @@ CREATE TABLE vod_tender_crypto.job (
     newest_kek_id   text,
     context         jsonb,
     aads            text[] NOT NULL,
-    version         text,
+    versions        text[] NOT NULL,
     set_columns     jsonb NOT NULL DEFAULT '{}',
     where_clause    text,
     batch_size      integer NOT NULL CHECK (batch_size BETWEEN 1 AND 1000000),
@@ -33,7 +33,7 @@ CREATE TABLE vod_tender_crypto.job (
     relation        regclass,
     next_row        tid NOT NULL DEFAULT '(0,0)',
     filenode        oid,
-    -- Counts of rows: over all runs, and of this pass.
+    -- Counts of rows: done and skipped over all runs, failed in the last one, left at its end.
     rows_done       bigint NOT NULL DEFAULT 0,
     rows_failed     bigint NOT NULL DEFAULT 0,
     rows_skipped    bigint NOT NULL DEFAULT 0,
@@ -100,7 +100,7 @@ $$;
 
 CREATE VIEW vod_tender_crypto.job_progress WITH (security_invoker = true) AS
 SELECT j.job, j.operation, j.target, j.columns, vod_tender_crypto.job_state(j.job, j.state) AS state,
-       j.pass, j.rows_done, j.rows_failed,
+       j.dry_run, j.pass, j.rows_done, j.rows_failed,
        coalesce(j.rows_left, greatest(j.run_rows_due - j.run_rows_done, 0)) AS rows_left,
        round(speed.rows_per_second, 1) AS rows_per_second,
        CASE WHEN j.state = 'running'

@@ -20,6 +20,57 @@ BEGIN ATOMIC
     ORDER BY w.place;
 END;
 
+-- Notes the columns of a migration, so that others know how to open them.
+CREATE FUNCTION vod_tender_crypto.register_columns(j vod_tender_crypto.job) RETURNS void
+    LANGUAGE plpgsql VOLATILE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    new record;
+    part regclass;
+    part_name text;
+    bound boolean;
+    looks_for vod_tender_crypto.job := register_columns.j;
+BEGIN
+    -- What is checked here must still hold when it is written.
+    LOCK TABLE vod_tender_crypto.protected_column IN SHARE ROW EXCLUSIVE MODE;
+    FOR new IN
+        SELECT w.column_name, w.aad, r.is_registered, r.aad AS registered_aad,
+               -- Without a column in it, it says something about this run only.
+               CASE WHEN vod_tender_crypto.checked_expression((register_columns.j).target, w.version, 'version', w.column_name, '{}')
+                         ~ '\mt\.' THEN w.version END AS version
+        FROM unnest((register_columns.j).columns, (register_columns.j).aads, (register_columns.j).versions) w(column_name, aad, version)
+        JOIN vod_tender_crypto.registered((register_columns.j).target, (register_columns.j).columns) r USING (column_name)
+    LOOP
+        IF new.is_registered AND new.aad IS DISTINCT FROM new.registered_aad
+           AND vod_tender_crypto.checked_expression((register_columns.j).target, new.aad, 'aad', new.column_name, '{}')
+               IS DISTINCT FROM vod_tender_crypto.checked_expression(
+                   (register_columns.j).target, new.registered_aad, 'aad', new.column_name, '{}')
+        THEN
+            -- It may change as long as no value is bound to it.
+            looks_for.operation := 'downgrade';
+            FOR part IN SELECT vod_tender_crypto.storing_relations((register_columns.j).target) LOOP
+                part_name := vod_tender_crypto.lock_relation(part, false);
+                EXECUTE format('SELECT EXISTS (SELECT FROM ONLY %s t WHERE vod_tender_crypto.is_due(%L, t.%I))', part_name,
+                    vod_tender_crypto.job_task(looks_for, false), new.column_name) INTO bound;
+                IF bound THEN
+                    RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+                        MESSAGE = format('column %I of %s is registered with another aad', new.column_name, (register_columns.j).target),
+                        DETAIL = 'It holds values that were written with the registered one and would not open with the new one.',
+                        HINT = 'Omit aad to use the registered one. To change it, downgrade the column first.';
+                END IF;
+            END LOOP;
+        END IF;
+        INSERT INTO vod_tender_crypto.protected_column AS p (schema_name, table_name, column_name, key, context, aad, version)
+        SELECT s.nspname, c.relname, new.column_name, (register_columns.j).key, (register_columns.j).context, new.aad, new.version
+        FROM pg_class c JOIN pg_namespace s ON s.oid = c.relnamespace
+        WHERE c.oid = (register_columns.j).target
+        ON CONFLICT ON CONSTRAINT protected_column_pkey DO UPDATE SET
+            key = excluded.key, context = excluded.context, aad = excluded.aad, version = coalesce(excluded.version, p.version);
+    END LOOP;
+END
+$$;
+
 -- Checks everything that can be checked and notes the job. Nothing of the table is touched.
 CREATE FUNCTION vod_tender_crypto.create_job(
     operation text, target regclass, columns name[], key text, context jsonb, aad text, version text, set_columns jsonb,
@@ -33,7 +84,10 @@ DECLARE
     j vod_tender_crypto.job;
     part regclass;
     plan vod_tender_crypto.job_plan;
-    column_at record;
+    wrong record;
+    registered_key text;
+    registered_context jsonb;
+    noted_versions text[];
 BEGIN
     PERFORM vod_tender_crypto.check_may_commit();
     IF create_job.target IS NULL THEN
@@ -44,26 +98,45 @@ BEGIN
             MESSAGE = 'set_columns is not a JSON object',
             HINT = 'For example: {"encryption_version": 2, "encryption_key_id": "{kek_id}"}.';
     END IF;
-    IF create_job.batch_size NOT BETWEEN 1 AND 1000000 OR create_job.max_rows_per_second <= 0 OR create_job.percent <= 0
-       OR create_job.percent > 100 OR create_job.max_errors < 0 OR create_job.triggers NOT IN ('fire', 'skip') THEN
+    SELECT a.name, a.range INTO wrong
+    FROM (VALUES ('batch_size', '1 to 1000000', create_job.batch_size BETWEEN 1 AND 1000000),
+                 ('max_rows_per_second', 'more than 0', coalesce(create_job.max_rows_per_second > 0, true)),
+                 ('percent', 'more than 0 and at most 100', create_job.percent > 0 AND create_job.percent <= 100),
+                 ('max_errors', '0 or more', create_job.max_errors >= 0),
+                 ('triggers', 'fire or skip', create_job.triggers IN ('fire', 'skip')),
+                 ('check_wraps', 'true or false', create_job.check_wraps IS NOT NULL),
+                 ('dry_run', 'true or false', create_job.dry_run IS NOT NULL)) a(name, range, usable)
+    WHERE a.usable IS NOT TRUE LIMIT 1;
+    IF FOUND THEN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
-            MESSAGE = 'unusable arguments for a job',
-            HINT = 'batch_size is 1 to 1000000, max_rows_per_second more than 0, percent more than 0 and at most 100, max_errors 0 or more, triggers fire or skip.';
+            MESSAGE = format('unusable %s for a job', wrong.name), HINT = format('It is %s.', wrong.range);
+    END IF;
+    IF NOT vod_tender_crypto.owns(create_job.target) THEN
+        RAISE EXCEPTION USING ERRCODE = 'insufficient_privilege', MESSAGE = format('must be owner of table %s', create_job.target);
     END IF;
     j.job := 0;
     j.operation := create_job.operation;
     j.target := create_job.target;
     SELECT array_agg(r.column_name), array_agg(coalesce(create_job.aad, r.aad)),
-           CASE create_job.operation WHEN 'migrate' THEN coalesce(create_job.version, min(r.version)) END
-    INTO j.columns, j.aads, j.version
+           array_agg(CASE create_job.operation WHEN 'migrate' THEN coalesce(create_job.version, r.version) END),
+           -- One key and one context for all columns, or none.
+           CASE WHEN count(DISTINCT r.key) = 1 AND count(r.key) = count(*) THEN min(r.key) END,
+           CASE WHEN count(DISTINCT r.context) = 1 AND count(r.context) = count(*) THEN min(r.context::text)::jsonb END,
+           array_agg(coalesce(create_job.version, r.version))
+    INTO j.columns, j.aads, j.versions, registered_key, registered_context, noted_versions
     FROM vod_tender_crypto.registered(create_job.target, create_job.columns) r;
     PERFORM vod_tender_crypto.check_target(j.target, j.columns, true);
     IF cardinality(j.columns) <> (SELECT count(DISTINCT c) FROM unnest(j.columns) c) THEN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = 'a column is given twice';
     END IF;
+    IF create_job.operation = 'migrate' THEN
+        j.key := coalesce(create_job.key, registered_key);
+        j.context := coalesce(create_job.context, registered_context);
+    ELSE
+        j.key := create_job.key;
+    END IF;
     SELECT k.key_name, k.newest_kek_id INTO j.key, j.newest_kek_id
-    FROM vod_tender_crypto.job_key(create_job.operation, create_job.key, create_job.context) k;
-    j.context := create_job.context;
+    FROM vod_tender_crypto.job_key(create_job.operation, j.key, j.context) k;
     j.set_columns := coalesce(create_job.set_columns, '{}');
     j.where_clause := create_job.where_clause;
     j.batch_size := create_job.batch_size;
@@ -74,36 +147,49 @@ BEGIN
     j.check_wraps := create_job.check_wraps;
     j.dry_run := create_job.dry_run;
 
+    IF j.triggers = 'skip' THEN
+        BEGIN
+            -- To its own value: whether the caller may set it at all.
+            PERFORM set_config('session_replication_role', current_setting('session_replication_role'), true);
+        EXCEPTION WHEN insufficient_privilege THEN
+            RAISE EXCEPTION USING ERRCODE = 'insufficient_privilege',
+                MESSAGE = 'the caller may not skip triggers',
+                HINT = format('GRANT SET ON PARAMETER session_replication_role TO %I.', current_user);
+        END;
+    END IF;
     FOR part IN SELECT vod_tender_crypto.storing_relations(j.target) LOOP
         plan := vod_tender_crypto.plan_job(j, part);
         -- Planned with nothing to do: what PostgreSQL does not accept, it says before anything runs.
         EXECUTE 'EXPLAIN ' || plan.write_sql USING '(0,0)'::tid, '(0,0)'::tid, NULL::tid[];
-        IF j.triggers = 'skip' THEN
-            PERFORM set_config('session_replication_role', current_setting('session_replication_role'), true);
-        END IF;
     END LOOP;
-    IF j.operation = 'migrate' THEN
-        FOR column_at IN
-            SELECT r.column_name FROM vod_tender_crypto.registered(j.target, j.columns) r
-            WHERE r.is_registered AND r.aad IS DISTINCT FROM create_job.aad AND create_job.aad IS NOT NULL
-        LOOP
+    -- The application reads by its own note of the version, where it has one: then the job has to keep it right.
+    IF create_job.set_columns IS NULL AND j.operation IN ('migrate', 'downgrade') THEN
+        SELECT a.attname INTO wrong
+        FROM unnest(noted_versions) n(version)
+        JOIN pg_attribute a ON a.attrelid = j.target AND a.attnum > 0 AND NOT a.attisdropped
+             AND vod_tender_crypto.checked_expression(j.target, n.version, 'version', NULL, '{}') = format('t.%I', a.attname)
+        LIMIT 1;
+        IF FOUND THEN
             RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
-                MESSAGE = format('column %I of %s is registered with another aad', column_at.column_name, j.target),
-                DETAIL = 'Values that were written with the registered one would not open with the new one.',
-                HINT = 'Omit aad to use the registered one. To change it, downgrade the column first and delete its row in vod_tender_crypto.protected_column.';
-        END LOOP;
-        IF NOT j.dry_run THEN
-            INSERT INTO vod_tender_crypto.protected_column AS p (schema_name, table_name, column_name, key, context, aad, version)
-            SELECT s.nspname, c.relname, w.column_name, j.key, j.context, w.aad, j.version
-            FROM pg_class c, pg_namespace s, unnest(j.columns, j.aads) w(column_name, aad)
-            WHERE c.oid = j.target AND s.oid = c.relnamespace
-            ON CONFLICT (schema_name, table_name, column_name) DO UPDATE SET
-                key = excluded.key, context = excluded.context, version = excluded.version;
+                MESSAGE = format('column %I notes the version of each value, and the job would leave it as it is', wrong.attname),
+                HINT = format('Pass set_columns => ''{"%s": %s}'', or ''{}'' if something else keeps it right.', wrong.attname,
+                              CASE j.operation WHEN 'migrate' THEN 2 ELSE 1 END);
         END IF;
     END IF;
-    INSERT INTO vod_tender_crypto.job (operation, target, columns, key, newest_kek_id, context, aads, version, set_columns,
+    -- What identifies the values of the table's other columns must stay as it is.
+    FOR wrong IN
+        SELECT r.column_name, r.aad FROM vod_tender_crypto.registered(j.target, NULL) r
+        WHERE r.aad IS NOT NULL AND NOT r.column_name = ANY (j.columns)
+    LOOP
+        PERFORM vod_tender_crypto.checked_expression(j.target, wrong.aad, 'aad', wrong.column_name,
+            j.columns::text[] || ARRAY(SELECT jsonb_object_keys(j.set_columns)));
+    END LOOP;
+    IF j.operation = 'migrate' AND NOT j.dry_run THEN
+        PERFORM vod_tender_crypto.register_columns(j);
+    END IF;
+    INSERT INTO vod_tender_crypto.job (operation, target, columns, key, newest_kek_id, context, aads, versions, set_columns,
         where_clause, batch_size, max_rows_per_second, percent, max_errors, triggers, check_wraps, dry_run)
-    VALUES (j.operation, j.target, j.columns, j.key, j.newest_kek_id, j.context, j.aads, j.version, j.set_columns,
+    VALUES (j.operation, j.target, j.columns, j.key, j.newest_kek_id, j.context, j.aads, j.versions, j.set_columns,
         j.where_clause, j.batch_size, j.max_rows_per_second, j.percent, j.max_errors, j.triggers, j.check_wraps, j.dry_run)
     RETURNING job.job INTO j.job;
     -- From now on it runs, as others see it.
@@ -207,9 +293,14 @@ CREATE FUNCTION vod_tender_crypto.job_routine() RETURNS SETOF regprocedure
     LANGUAGE sql STABLE
 BEGIN ATOMIC
     SELECT p.oid::regprocedure FROM pg_proc p
-    WHERE p.pronamespace = 'vod_tender_crypto'::regnamespace AND p.proname NOT IN (
-        'add_key', 'set_key_state', 'drop_key', 'retire_key', 'check_key', 'kek_changed', 'grant_jobs', 'job_routine',
-        'session_stats');
+    WHERE p.pronamespace = 'vod_tender_crypto'::regnamespace AND p.proname = ANY (ARRAY[
+        'migrate', 'rewrap_table', 'downgrade', 'resume', 'stop', 'verify', 'census', 'owns', 'storing_relations',
+        'check_target', 'registered', 'register_columns', 'create_job', 'run_job', 'primary_key', 'key_expression',
+        'checked_expression', 'row_expression', 'bookkeeping', 'job_task', 'due_expression', 'plan_job', 'check_may_commit',
+        'job_key', 'job_lock_class', 'job_lock', 'job_unlock', 'job_goes_on', 'job_take', 'job_note', 'job_fail',
+        'job_note_key', 'job_count_due', 'job_begin_run', 'job_look', 'job_prepare', 'prepare_batch', 'concerns_one_row',
+        'job_count_failed', 'job_note_error', 'lock_relation', 'has_before_trigger', 'job_update', 'job_write', 'block_of', 'job_end_pass', 'job_state', 'is_due',
+        'needed_head', 'convert_value', 'conversion_error', 'kek_id', 'stored_under', 'census_column', 'count_column']::name[]);
 END;
 
 -- Lets a role run jobs on the tables that it owns. It configures no keys and decrypts nothing by this.

@@ -57,7 +57,7 @@ DECLARE
 BEGIN
     IF kind IS NULL OR kind NOT IN ('r', 'p') THEN
         RAISE EXCEPTION USING ERRCODE = 'wrong_object_type',
-            MESSAGE = format('%s is not a table', check_target.target),
+            MESSAGE = format('%s is not a table', coalesce(check_target.target::text, 'NULL')),
             DETAIL = CASE coalesce(kind, '-') WHEN 'f' THEN 'It is a foreign table: its rows are stored elsewhere.'
                                WHEN 'v' THEN 'It is a view.' WHEN 'm' THEN 'It is a materialized view.' ELSE '' END,
             HINT = CASE kind WHEN 'f' THEN 'Run the job on the server that stores the table.' ELSE '' END;
@@ -88,8 +88,11 @@ BEGIN
     END LOOP;
     FOREACH column_name IN ARRAY check_target.columns LOOP
         SELECT a.atttypid::regtype AS type, a.attgenerated <> '' AS generated,
-               EXISTS (SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indisprimary
-                       AND a.attnum = ANY (i.indkey)) AS in_key
+               -- Of a partition or an heir too: its rows are named by it.
+               EXISTS (SELECT FROM vod_tender_crypto.storing_relations(check_target.target) p(relation)
+                       JOIN pg_index i ON i.indrelid IN (p.relation, a.attrelid) AND i.indisprimary
+                       JOIN pg_attribute k ON k.attrelid = i.indrelid AND k.attnum = ANY (i.indkey)
+                       WHERE k.attname = a.attname) AS in_key
         INTO attribute
         FROM pg_attribute a
         WHERE a.attrelid = check_target.target AND a.attname = column_name AND a.attnum > 0 AND NOT a.attisdropped;

@@ -21,8 +21,8 @@ BEGIN
     j.percent := 100;
     j.triggers := 'skip';
     j.check_wraps := false;
-    SELECT array_agg(r.column_name), array_agg(coalesce(verify.aad, r.aad)), coalesce(verify.version, min(r.version))
-    INTO j.columns, j.aads, j.version
+    SELECT array_agg(r.column_name), array_agg(coalesce(verify.aad, r.aad)), array_agg(coalesce(verify.version, r.version))
+    INTO j.columns, j.aads, j.versions
     FROM vod_tender_crypto.registered(verify.target, verify.columns) r;
     PERFORM vod_tender_crypto.check_target(j.target, j.columns, false);
     FOR relation IN SELECT vod_tender_crypto.storing_relations(j.target) LOOP

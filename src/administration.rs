@@ -1,9 +1,6 @@
 //! The fixed schema `vod_tender_crypto`: what its tables and SQL functions need from Rust.
 
-use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
-
-use crate::errors::throw;
 
 #[pg_schema]
 mod vod_tender_crypto {
@@ -13,9 +10,8 @@ mod vod_tender_crypto {
     use vod_tender_core::stored::Kind;
     use vod_tender_providers::KekUri;
 
-    use super::invalid;
     use crate::arguments::{ContextIn, TextIn};
-    use crate::errors::raise;
+    use crate::errors::{invalid, raise};
     use crate::{backend, catalog};
 
     /// True for what can be a row of the table `kek`; an error that says why for everything else.
@@ -59,10 +55,4 @@ mod vod_tender_crypto {
     fn session_stats() -> JsonB {
         JsonB(backend::statistics().unwrap_or_else(|error| raise(&error, Kind::Text)))
     }
-}
-
-/// Raises for an argument that cannot be used.
-pub fn invalid(message: &str, hint: &str) -> ! {
-    let code = PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE;
-    throw(ErrorReport::new(code, message.to_owned(), "vod_tender_crypto").set_hint(hint))
 }

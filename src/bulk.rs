@@ -19,11 +19,9 @@ mod vod_tender_crypto {
     use vod_tender_core::sink::Sink;
     use vod_tender_core::stored::{Kind, Value};
 
-    use super::invalid;
-
     use crate::arguments::{ContextIn, TextIn};
     use crate::backend;
-    use crate::errors::{raise, sqlstate_text, throw};
+    use crate::errors::{invalid, raise, sqlstate_text, throw};
     use crate::results::{BytesOut, TextOut, Varlena};
     use crate::row_expression::{self, Purpose};
 
@@ -365,6 +363,26 @@ mod vod_tender_crypto {
         TableIterator::once(found.unwrap_or_else(|error| raise(&error, Kind::Text)))
     }
 
+    /// Locks a relation that has rows of its own, against being renamed, rewritten or replaced until the transaction ends,
+    /// and gives its name for a statement. By OID: whoever owns it could put a view in the place of a name.
+    #[pg_extern(volatile, parallel_restricted)]
+    fn lock_relation(relation: pg_sys::Oid, for_writing: bool) -> TextOut {
+        let mode = if for_writing { pg_sys::RowExclusiveLock } else { pg_sys::AccessShareLock };
+        // SAFETY: takes the lock and looks the relation up in the catalog caches, which are up to date once it is held.
+        let name = unsafe {
+            pg_sys::LockRelationOid(relation, mode as pg_sys::LOCKMODE);
+            let kind = pg_sys::get_rel_relkind(relation) as u8;
+            if ![pg_sys::RELKIND_RELATION, pg_sys::RELKIND_MATVIEW, pg_sys::RELKIND_PARTITIONED_TABLE].contains(&kind) {
+                let code = PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE;
+                throw(ErrorReport::new(code, "the table is gone".to_owned(), "vod_tender_crypto"))
+            }
+            let schema = pg_sys::get_namespace_name(pg_sys::get_rel_namespace(relation));
+            let name = pg_sys::quote_qualified_identifier(schema, pg_sys::get_rel_name(relation));
+            std::ffi::CStr::from_ptr(name).to_bytes()
+        };
+        TextOut::in_server_encoding(name)
+    }
+
     /// Raises inside a transaction block, where a procedure cannot commit.
     #[pg_extern(volatile, parallel_restricted)]
     fn check_may_commit() {
@@ -415,7 +433,7 @@ mod vod_tender_crypto {
         purpose: TextIn<'_>,
         column_name: Option<TextIn<'_>>,
         changed: Array<'_, TextIn<'_>>,
-    ) -> String {
+    ) -> TextOut {
         let Some(purpose) = Purpose::from_name(purpose.as_str()) else {
             invalid("unknown purpose of an expression", "Purposes are aad, version and where_clause.")
         };
@@ -423,8 +441,7 @@ mod vod_tender_crypto {
         // It stands inside a literal, where a quote is doubled.
         let expression = expression.as_str().replace("{column}", &column.replace('\'', "''"));
         let changed: Vec<_> = changed.iter().flatten().map(|name| name.as_str().to_owned()).collect();
-        row_expression::checked(target, &expression, purpose, &changed)
+        let checked = row_expression::checked(target, &expression, purpose, &changed);
+        TextOut::in_server_encoding(checked.to_bytes())
     }
 }
-
-use crate::administration::invalid;

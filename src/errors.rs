@@ -29,6 +29,12 @@ pub fn sqlstate_text(error: &Error, kind: Kind) -> String {
     (0..5).map(|at| char::from(((code >> (6 * at)) & 0x3f) as u8 + b'0')).collect()
 }
 
+/// Raises for an argument that cannot be used.
+pub fn invalid(message: &str, hint: &str) -> ! {
+    let code = PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE;
+    throw(ErrorReport::new(code, message.to_owned(), "vod_tender_crypto").set_hint(hint))
+}
+
 /// Unwinds to pgrx's guard, which raises the error in PostgreSQL. Not a panic: that would run the panic hook, which
 /// adds a backtrace to the client's DETAIL where the server's environment asks for backtraces.
 pub fn throw(report: ErrorReport) -> ! {
@@ -47,6 +53,7 @@ fn sqlstate(error: &Error, kind: Kind) -> PgSqlErrorCode {
         | Error::AlreadyEnvelope
         | Error::UnknownVersion
         | Error::VersionMismatch(_)
+        | Error::StatedPlaintext
         | Error::BadContext(_)
         | Error::KeyContext(_)
         | Error::NotRewrappable => Code::ERRCODE_INVALID_PARAMETER_VALUE,
@@ -85,6 +92,9 @@ fn hint(error: &Error) -> Option<&'static str> {
              vod_tender_crypto.plaintext_reads until it is converted."
         }
         Error::AlreadyEnvelope => "envelope_upgrade() leaves envelopes as they are and can be run twice.",
+        Error::StatedPlaintext => {
+            "Pass version => 1, or NULL to recognise the version. Taken for plaintext, its ciphertext would be encrypted."
+        }
         Error::VersionMismatch(_) => "Pass version => 2, or NULL to recognise the version.",
         Error::BadContext(_) => "For example: '{\"tenant\": \"a\"}'.",
         Error::KeyContext(_) => "Decrypt the value and encrypt it again under that key.",

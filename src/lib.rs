@@ -57,6 +57,7 @@ pgrx::extension_sql_file!(
         bulk::vod_tender_crypto::prepare_batch,
         bulk::vod_tender_crypto::job_key,
         bulk::vod_tender_crypto::check_may_commit,
+        bulk::vod_tender_crypto::lock_relation,
         bulk::vod_tender_crypto::row_expression,
         bulk::vod_tender_crypto::stored_under_text,
         bulk::vod_tender_crypto::stored_under_bytea,

@@ -1,12 +1,12 @@
 //! Results in PostgreSQL's own memory: allocated once, written in place, handed over without a copy.
 
 use pgrx::callconv::{BoxRet, FcInfo};
-use pgrx::{IntoDatum, impl_sql_translatable, pg_sys};
+use pgrx::{impl_sql_translatable, pg_sys};
 use vod_tender_core::Error;
 use vod_tender_core::sink::Sink;
 use vod_tender_core::stored::Kind;
 
-use crate::arguments::{InServerEncoding, from_utf8};
+use crate::arguments::{InServerEncoding, from_utf8, to_utf8};
 use crate::errors::raise;
 
 /// Bytes of a varlena's length word.
@@ -70,6 +70,20 @@ pub struct BytesOut(pub Varlena);
 /// A `text` result: UTF-8, converted to the server's encoding when it is handed over.
 pub struct TextOut(pub Varlena);
 
+impl TextOut {
+    /// A result that is in the server's encoding already.
+    pub fn in_server_encoding(bytes: &[u8]) -> Self {
+        match to_utf8(bytes) {
+            Some(text) => {
+                let mut out = Varlena::default();
+                out.replace(text.as_bytes());
+                TextOut(out)
+            }
+            None => raise(&Error::ArgumentNotText, Kind::Text),
+        }
+    }
+}
+
 impl_sql_translatable!(BytesOut, "bytea");
 impl_sql_translatable!(TextOut, "text");
 
@@ -100,26 +114,5 @@ impl TextOut {
             }
         }
         self.0.into_datum()
-    }
-}
-
-// Elements of arrays.
-impl IntoDatum for BytesOut {
-    fn into_datum(self) -> Option<pg_sys::Datum> {
-        Some(self.0.into_datum())
-    }
-
-    fn type_oid() -> pg_sys::Oid {
-        pg_sys::BYTEAOID
-    }
-}
-
-impl IntoDatum for TextOut {
-    fn into_datum(self) -> Option<pg_sys::Datum> {
-        Some(self.into_encoded())
-    }
-
-    fn type_oid() -> pg_sys::Oid {
-        pg_sys::TEXTOID
     }
 }

@@ -11,6 +11,7 @@ use pgrx::pg_sys::{self, NodeTag, Oid, ParseExprKind};
 use pgrx::prelude::PgSqlErrorCode as Code;
 use pgrx::{PgList, PgRelation};
 
+use crate::arguments::{InServerEncoding, from_utf8, to_utf8};
 use crate::errors::throw;
 
 /// What an expression is for, which decides its type and what it may depend on.
@@ -48,7 +49,7 @@ impl Purpose {
 ///
 /// Raises for everything that is not one expression of the purpose's type over the row's own columns. `changed` are
 /// columns that the caller is about to change.
-pub fn checked(table: Oid, expression: &str, purpose: Purpose, changed: &[String]) -> String {
+pub fn checked<'a>(table: Oid, expression: &str, purpose: Purpose, changed: &[String]) -> &'a CStr {
     // SAFETY: raises where there is no such table.
     let relation = unsafe { PgRelation::with_lock(table, pg_sys::AccessShareLock as pg_sys::LOCKMODE) };
     let raw = parse(table, expression);
@@ -71,16 +72,12 @@ pub fn checked(table: Oid, expression: &str, purpose: Purpose, changed: &[String
         let mut check = Check { table, purpose, changed };
         check_node(node, (&raw mut check).cast());
         if purpose == Purpose::Aad && pg_sys::contain_mutable_functions(node) {
-            refuse(
-                Code::ERRCODE_INVALID_OBJECT_DEFINITION,
-                "it does not give the same for the same row under every setting",
-                "Use || on text, and cast what is not text with ::text; a time with AT TIME ZONE 'UTC' first.",
-            );
+            refuse_mutable()
         }
         let context = pg_sys::deparse_context_for(c"t".as_ptr(), table);
-        let text = pg_sys::deparse_expression(node, context, true, false);
-        let text = CStr::from_ptr(text).to_str().map(str::to_owned);
-        text.unwrap_or_else(|_| refuse(Code::ERRCODE_CHARACTER_NOT_IN_REPERTOIRE, "it is not valid UTF-8", ""))
+        // With the casts that PostgreSQL added: then every function and operator in it is found by its exact types, and
+        // one of another schema that fits better cannot take its place.
+        CStr::from_ptr(pg_sys::deparse_expression(node, context, true, true))
     }
 }
 
@@ -90,7 +87,17 @@ fn parse(mut table: Oid, expression: &str) -> *mut pg_sys::Node {
         refuse(Code::ERRCODE_SYNTAX_ERROR, "it is not a single expression", "For example: provider || '/' || channel")
     };
     // The line break ends a comment that the expression may end with.
-    let Ok(statement) = CString::new(format!("SELECT ({expression}\n)")) else { only_one() };
+    let statement = format!("SELECT ({expression}\n)");
+    let statement = match from_utf8(statement.as_bytes()) {
+        InServerEncoding::Same => statement.into_bytes(),
+        InServerEncoding::Converted(bytes) => bytes,
+        InServerEncoding::Impossible => refuse(
+            Code::ERRCODE_CHARACTER_NOT_IN_REPERTOIRE,
+            "it has characters that the database's encoding lacks",
+            "",
+        ),
+    };
+    let Ok(statement) = CString::new(statement) else { only_one() };
     // SAFETY: the parser gives a list of RawStmt nodes, each with a statement; nodes are read after their tag was.
     unsafe {
         let list = pg_sys::raw_parser(statement.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT);
@@ -264,6 +271,13 @@ unsafe extern "C-unwind" fn check_node(node: *mut pg_sys::Node, context: *mut c_
                 refuse(Code::ERRCODE_FEATURE_NOT_SUPPORTED, "it refers to more than the row", "")
             }
             NodeTag::T_List => {}
+            NodeTag::T_CoerceViaIO => {
+                check_type(pg_sys::exprType(node));
+                // Its functions take C strings, which no other may.
+                pg_sys::expression_tree_walker(node, Some(check_node), context);
+                check.written_out(pg_sys::exprType((*node.cast::<pg_sys::CoerceViaIO>()).arg.cast()));
+                return false;
+            }
             _ => check_type(pg_sys::exprType(node)),
         }
         pg_sys::check_functions_in_node(node, Some(check_function), context);
@@ -272,20 +286,83 @@ unsafe extern "C-unwind" fn check_node(node: *mut pg_sys::Node, context: *mut c_
 }
 
 #[pgrx::pg_guard]
-unsafe extern "C-unwind" fn check_function(function: Oid, _context: *mut c_void) -> bool {
+unsafe extern "C-unwind" fn check_function(function: Oid, context: *mut c_void) -> bool {
     if function.to_u32() >= pg_sys::FirstNormalObjectId {
         refuse_function()
     }
-    // SAFETY: these look the function up in the catalog cache. Those that may run other SQL are volatile or not safe
-    // in parallel workers.
-    let (volatility, parallel) = unsafe { (pg_sys::func_volatile(function), pg_sys::func_parallel(function)) };
-    if volatility as u8 == pg_sys::PROVOLATILE_VOLATILE || parallel as u8 != pg_sys::PROPARALLEL_SAFE {
-        refuse(Code::ERRCODE_INVALID_OBJECT_DEFINITION, "it calls a volatile function", "")
+    // SAFETY: these look the function up in the catalog cache.
+    let (volatility, parallel, is_set, takes_anything) = unsafe {
+        let (mut types, mut count) = (std::ptr::null_mut(), 0);
+        let result = pg_sys::get_func_signature(function, &raw mut types, &raw mut count);
+        let arguments = if count > 0 { std::slice::from_raw_parts(types, count as usize) } else { &[] };
+        let is_pseudo = |oid: &Oid| pg_sys::get_typtype(*oid) as u8 == pg_sys::TYPTYPE_PSEUDO;
+        (
+            pg_sys::func_volatile(function) as u8,
+            pg_sys::func_parallel(function) as u8,
+            pg_sys::get_func_retset(function),
+            arguments.iter().chain([&result]).any(is_pseudo),
+        )
+    };
+    // SAFETY: the context is the `Check` that the walk was begun with.
+    let purpose = unsafe { (*context.cast::<Check<'_>>()).purpose };
+    if purpose == Purpose::Aad && volatility != pg_sys::PROVOLATILE_IMMUTABLE {
+        refuse_mutable()
+    }
+    // Those that may run other SQL are volatile or not safe in parallel workers.
+    if volatility == pg_sys::PROVOLATILE_VOLATILE || parallel != pg_sys::PROPARALLEL_SAFE || is_set {
+        refuse(
+            Code::ERRCODE_INVALID_OBJECT_DEFINITION,
+            "it calls a function that is volatile, returns a set or is not safe in parallel workers",
+            "",
+        )
+    }
+    // Those that take values of any type, or their text form beside a type's name, call that type's functions or casts.
+    // SAFETY: looks the name up in the catalog cache.
+    let name = unsafe { CStr::from_ptr(pg_sys::get_func_name(function)) };
+    if takes_anything || name.to_bytes().starts_with(b"pg_input_") {
+        refuse(
+            Code::ERRCODE_FEATURE_NOT_SUPPORTED,
+            &format!("it calls a function that takes or makes values of any type ({})", name.to_string_lossy()),
+            "Cast columns to text and use functions on text.",
+        )
     }
     false
 }
 
 impl Check<'_> {
+    /// A value of this type is written out as text. For an aad that must not depend on a setting, whatever PostgreSQL
+    /// says of the type's output function: floating point, bytea and geometric types have settings.
+    fn written_out(&self, oid: Oid) {
+        const STEADY: [Oid; 15] = [
+            pg_sys::BOOLOID,
+            pg_sys::INT2OID,
+            pg_sys::INT4OID,
+            pg_sys::INT8OID,
+            pg_sys::NUMERICOID,
+            pg_sys::TEXTOID,
+            pg_sys::VARCHAROID,
+            pg_sys::BPCHAROID,
+            pg_sys::NAMEOID,
+            pg_sys::CHAROID,
+            pg_sys::UUIDOID,
+            pg_sys::OIDOID,
+            pg_sys::INETOID,
+            pg_sys::CIDROID,
+            pg_sys::MACADDROID,
+        ];
+        // SAFETY: looks the type up in the catalog cache.
+        let is_enum = unsafe { pg_sys::get_typtype(oid) as u8 == pg_sys::TYPTYPE_ENUM };
+        // SAFETY: as above.
+        let base = unsafe { pg_sys::getBaseType(oid) };
+        if self.purpose == Purpose::Aad && !is_enum && !STEADY.contains(&base) {
+            refuse(
+                Code::ERRCODE_INVALID_OBJECT_DEFINITION,
+                "it writes out a value in a form that a setting can change",
+                "Use encode() for bytea; other types are no identity of a row.",
+            )
+        }
+    }
+
     fn column(&self, var: &pg_sys::Var) {
         if var.varattno <= 0 {
             refuse(Code::ERRCODE_FEATURE_NOT_SUPPORTED, "it refers to a system column or to the whole row", "")
@@ -295,8 +372,8 @@ impl Check<'_> {
         }
         // SAFETY: looks the column up in the catalog cache; the table is open.
         let (name, generated) = unsafe {
-            let name = CStr::from_ptr(pg_sys::get_attname(self.table, var.varattno, false)).to_string_lossy();
-            (name, pg_sys::get_attgenerated(self.table, var.varattno) != 0)
+            let name = CStr::from_ptr(pg_sys::get_attname(self.table, var.varattno, false));
+            (to_utf8(name.to_bytes()).unwrap_or_default(), pg_sys::get_attgenerated(self.table, var.varattno) != 0)
         };
         if generated || self.changed.iter().any(|changed| *changed == name) {
             refuse(
@@ -308,6 +385,14 @@ impl Check<'_> {
     }
 }
 
+fn refuse_mutable() -> ! {
+    refuse(
+        Code::ERRCODE_INVALID_OBJECT_DEFINITION,
+        "it does not give the same for the same row under every setting",
+        "Use || on text, and cast what is not text with ::text; a time with AT TIME ZONE 'UTC' first.",
+    )
+}
+
 fn refuse_function() -> ! {
     refuse(
         Code::ERRCODE_INSUFFICIENT_PRIVILEGE,
@@ -317,6 +402,6 @@ fn refuse_function() -> ! {
 }
 
 fn refuse(code: Code, why: &str, hint: &str) -> ! {
-    let report = ErrorReport::new(code, format!("unusable expression: {why}"), "vod_tender_crypto");
+    let report = ErrorReport::new(code, why.to_owned(), "vod_tender_crypto");
     throw(if hint.is_empty() { report } else { report.set_hint(hint) })
 }

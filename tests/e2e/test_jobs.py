@@ -138,11 +138,13 @@ def test_registered_columns_need_no_arguments(connection):
     make_tokens(connection, 30)
     migrate(connection)
     add_tokens(connection, 31, 60)
-    job = call(connection, "migrate", TABLE)
-    assert (job.rows_done, job.aads, job.version) == (30, [AAD, AAD], "encryption_version")
+    with fails(INVALID_PARAMETER, "encryption_version"):
+        call(connection, "migrate", TABLE)
+    job = call(connection, "migrate", TABLE, set_columns={"encryption_version": 2})
+    assert (job.rows_done, job.aads, job.versions) == (30, [AAD, AAD], ["encryption_version"] * 2)
     assert all_is_well(connection, 60)
     with fails(INVALID_PARAMETER, "another aad"):
-        call(connection, "migrate", TABLE, aad="provider")
+        call(connection, "migrate", TABLE, aad="provider", set_columns={})
     assert last_job(connection).job == job.job
 
 
@@ -955,7 +957,7 @@ def test_a_values_own_key_that_is_gone_is_that_values_error(aws):
         connection.execute("SELECT vod_tender_crypto.add_key('old', %s)", [kms.kek_uri(old)])
         make_tokens(connection, 60, direct="true")
         migrate(connection, key="old", where_clause="provider = 'twitch'")
-        migrate(connection)
+        migrate(connection, key="default")
     kms.disable(old)
     with database.connect() as connection:
         kms.reset_record()

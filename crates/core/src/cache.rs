@@ -177,6 +177,10 @@ impl SealingKey {
     }
 
     fn can_take(&self, bytes: usize, now_ms: u64, limits: &Limits) -> bool {
+        // An unused key takes one value of any size: a value above the limit gets a DEK of its own.
+        if self.uses == 0 {
+            return is_young(self.born_ms, now_ms, limits);
+        }
         self.uses < limits.max_uses.min(DEK_USES_CAP)
             && self.bytes.saturating_add(bytes as u64) <= limits.max_bytes
             && is_young(self.born_ms, now_ms, limits)

@@ -3,7 +3,7 @@
 //! No variant carries a plaintext, a key or a credential: texts are fixed, and names come from the configuration or from
 //! a well-formed envelope, never from a caller's argument.
 
-use crate::provider::ProviderError;
+use crate::provider::{Fault, ProviderError};
 
 /// Result with the crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
@@ -32,6 +32,9 @@ pub enum Error {
     /// The caller stated version 0 or 1, and the value is an envelope.
     #[error("value is an envelope, but version {0} was stated")]
     VersionMismatch(i32),
+    /// The caller stated version 0, and the value is direct ciphertext: a legacy key opens it.
+    #[error("value is direct ciphertext, but version 0 was stated")]
+    StatedPlaintext,
     /// A context that cannot be used.
     #[error("unusable context: {0}")]
     BadContext(&'static str),
@@ -86,6 +89,40 @@ pub enum Error {
 impl Error {
     /// What a reader of plaintext is warned with, where the policy says so.
     pub const PLAINTEXT_WARNING: &'static str = "a value that is not encrypted was read";
+
+    /// Whether this says something about the value at hand, and the next value may fare better. `target` is the KEK
+    /// that the job encrypts or wraps with: what is wrong with that one concerns every value.
+    pub fn concerns_one_value(&self, target: Option<&str>) -> bool {
+        match self {
+            Error::Malformed(_)
+            | Error::PlaintextRefused
+            | Error::DirectOrPlaintextRefused
+            | Error::UnknownVersion
+            | Error::VersionMismatch(_)
+            | Error::StatedPlaintext
+            | Error::ArgumentNotText
+            | Error::NotText
+            | Error::UnknownKey(_)
+            | Error::KeyContext(_)
+            | Error::NotRewrappable
+            | Error::TooLarge => true,
+            Error::Unverified(mismatch) => *mismatch != Mismatch::RoundTrip,
+            Error::KeyState { name, .. } => Some(name.as_str()) != target,
+            Error::Service { key, source } => match source.fault {
+                Fault::Unverified => true,
+                Fault::Throttled | Fault::Unreachable | Fault::BadAnswer => false,
+                Fault::Denied | Fault::Disabled | Fault::InvalidState | Fault::NotFound | Fault::Misconfigured => {
+                    Some(key.as_str()) != target
+                }
+            },
+            Error::AlreadyEnvelope
+            | Error::BadContext(_)
+            | Error::UnknownGivenKey
+            | Error::NothingConfigured
+            | Error::LegacyKey(_)
+            | Error::Random => false,
+        }
+    }
 }
 
 impl From<Malformed> for Error {

@@ -9,7 +9,7 @@ use crate::envelope::{Header, MAGIC};
 use crate::error::{Error, Mismatch, Result};
 use crate::info::StoredUnder;
 use crate::policy::{Limits, PlaintextReads};
-use crate::provider::{Fault, Wait, WrappedRef};
+use crate::provider::{Wait, WrappedRef};
 use crate::session::decrypt::unwrap_one;
 use crate::session::heads::Form;
 use crate::session::{Reading, Run, Sealing, Session};
@@ -73,8 +73,8 @@ impl Assured {
     pub(super) fn put(&mut self, header: &[u8], checked: bool, limits: &Limits) {
         let armored = armor::armored_head(header);
         for name in [header, armored.trim_end_matches(':').as_bytes()] {
-            // Two names for each.
-            while self.0.len() >= limits.cache_entries.max(1).saturating_mul(2) {
+            // A DEK has two headers and each two names; those that were made ahead must all be known.
+            while self.0.len() >= limits.cache_entries.max(128).saturating_mul(4) {
                 self.0.pop_lru();
             }
             self.0.put(name.into(), checked);
@@ -118,6 +118,8 @@ impl Session {
             },
             BulkOperation::Verify => {
                 let mut plaintext = Zeroizing::new(Vec::new());
+                // An envelope says itself what it is.
+                let version = version.filter(|_| matches!(Stored::parse(value), Ok(Stored::Other(_))));
                 let reading = Reading { aad, context: None, version };
                 self.decrypt(run, value, reading, &mut plaintext).map(|_| false)
             }
@@ -192,6 +194,9 @@ impl Session {
     /// so that [`Session::convert`] and [`Session::assure`] call nothing.
     pub fn prepare_head<W: Wait>(&mut self, run: &mut Run<'_, W>, task: BulkTask<'_>, head: &[u8]) -> Result<()> {
         let is_header = head.starts_with(&MAGIC);
+        if is_header {
+            Header::parse(head)?;
+        }
         match task.operation {
             BulkOperation::Migrate => Ok(()),
             BulkOperation::Downgrade | BulkOperation::Verify if is_header => self.opened_key(run, head).map(drop),
@@ -256,40 +261,5 @@ impl Session {
         }
         self.assured.put(header, task.check_wraps, &run.policy.limits);
         Ok(())
-    }
-}
-
-impl Error {
-    /// Whether this says something about the value at hand, and the next value may fare better. `target` is the KEK
-    /// that the job encrypts or wraps with: what is wrong with that one concerns every value.
-    pub fn concerns_one_value(&self, target: Option<&str>) -> bool {
-        match self {
-            Error::Malformed(_)
-            | Error::PlaintextRefused
-            | Error::DirectOrPlaintextRefused
-            | Error::UnknownVersion
-            | Error::VersionMismatch(_)
-            | Error::ArgumentNotText
-            | Error::NotText
-            | Error::UnknownKey(_)
-            | Error::KeyContext(_)
-            | Error::NotRewrappable
-            | Error::TooLarge => true,
-            Error::Unverified(mismatch) => *mismatch != Mismatch::RoundTrip,
-            Error::KeyState { name, .. } => Some(name.as_str()) != target,
-            Error::Service { key, source } => match source.fault {
-                Fault::Unverified => true,
-                Fault::Throttled | Fault::Unreachable | Fault::BadAnswer => false,
-                Fault::Denied | Fault::Disabled | Fault::InvalidState | Fault::NotFound | Fault::Misconfigured => {
-                    Some(key.as_str()) != target
-                }
-            },
-            Error::AlreadyEnvelope
-            | Error::BadContext(_)
-            | Error::UnknownGivenKey
-            | Error::NothingConfigured
-            | Error::LegacyKey(_)
-            | Error::Random => false,
-        }
     }
 }

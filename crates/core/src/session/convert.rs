@@ -23,6 +23,10 @@ impl Session {
         let Stored::Other(other) = Stored::parse(value)? else {
             return copy(value.bytes(), sink).map(|()| ReadAs::Envelope);
         };
+        // What a legacy key opens is no plaintext, whatever its row says: sealing it would hide the ciphertext.
+        if version == Some(0) && self.version(run, value)? == 1 {
+            return Err(Error::StatedPlaintext);
+        }
         let mut plaintext = Zeroizing::new(Vec::new());
         let read_as = self.read_other(run, other, version, Plain::Stated, &mut plaintext)?;
         let mut sealed = Vec::new();

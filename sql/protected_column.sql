@@ -81,6 +81,11 @@ BEGIN
                 MESSAGE = format('row-level security of %s would hide rows', relation),
                 HINT = 'Run it as the table''s owner where row-level security is not forced, or as a role with BYPASSRLS.';
         END IF;
+        IF check_target.writes AND EXISTS (SELECT FROM pg_rewrite r WHERE r.ev_class = relation AND r.ev_type = '2') THEN
+            RAISE EXCEPTION USING ERRCODE = 'feature_not_supported',
+                MESSAGE = format('%s has a rule for UPDATE', relation),
+                DETAIL = 'It would put something else in the place of what the job writes.';
+        END IF;
         IF check_target.writes AND NOT vod_tender_crypto.owns(relation) THEN
             RAISE EXCEPTION USING ERRCODE = 'insufficient_privilege',
                 MESSAGE = format('must be owner of table %s', relation);

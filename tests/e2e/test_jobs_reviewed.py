@@ -253,6 +253,14 @@ def test_tight_limits_slow_a_job_and_fail_no_row(connection, setting):
     assert one(connection, "SELECT count(*) FROM t WHERE envelope_decrypt(token) = repeat('x', 3000) || id") == 300
 
 
+@pytest.mark.parametrize("rule", ["INSTEAD NOTHING", "INSTEAD UPDATE u SET token = NEW.token", "ALSO DELETE FROM u"])
+def test_a_table_with_a_rule_is_refused(connection, rule):
+    connection.execute("CREATE TABLE t (id int PRIMARY KEY, token text); CREATE TABLE u (LIKE t)")
+    connection.execute(f"CREATE RULE r AS ON UPDATE TO t DO {rule}")
+    with fails(NOT_SUPPORTED, "rule"):
+        call(connection, "migrate", "t", columns=["token"])
+
+
 # -- rights ------------------------------------------------------------------------------------------------------
 
 

@@ -69,6 +69,7 @@ DECLARE
     batch_began timestamptz;
     -- The session.
     pause double precision := 0;
+    paused boolean;
     throttles integer := 0;
     throttled_since timestamptz;
     noticed_at timestamptz := pg_catalog.clock_timestamp();
@@ -88,6 +89,7 @@ BEGIN
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     LOOP
         failed_with := NULL;
+        paused := false;
         BEGIN
             IF NOT vod_tender_crypto.job_goes_on(j) THEN
                 pause := 0;
@@ -97,6 +99,7 @@ BEGIN
                 -- In short transactions: an old snapshot keeps VACUUM from its work.
                 PERFORM pg_sleep(least(pause, 1));
                 pause := pause - least(pause, 1);
+                paused := true;
             ELSIF phase = 'begin' THEN
                 j := vod_tender_crypto.job_begin_run(j);
                 phase := 'count due';
@@ -215,7 +218,7 @@ BEGIN
                 failed_detail = PG_EXCEPTION_DETAIL, failed_hint = PG_EXCEPTION_HINT;
         END;
         IF failed_with IS NULL THEN
-            IF pause <= 0 THEN
+            IF NOT paused THEN
                 throttles := 0;
             END IF;
         ELSIF failed_with = '53400' AND phase IN ('begin', 'prepare')

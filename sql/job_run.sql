@@ -225,7 +225,7 @@ BEGIN
               AND (throttles = 0 OR clock_timestamp() < throttled_since + throttled_at_most) THEN
             throttled_since := CASE WHEN throttles = 0 THEN clock_timestamp() ELSE throttled_since END;
             throttles := throttles + 1;
-            pause := least(30, 0.5 * 2 ^ least(throttles, 10)) * (0.5 + random() / 2);
+            pause := least(10, 0.5 * 2 ^ least(throttles, 10)) * (0.5 + random() / 2);
         ELSE
             IF "left"(failed_with, 2) IN ('22', '23') AND failed_with <> '22000' AND phase NOT IN ('begin', 'prepare') THEN
                 -- PostgreSQL's words may quote a value.

@@ -170,8 +170,8 @@ def main() -> None:
     arguments = parser.parse_args()
     found = measure(arguments.rows, arguments.repeats)
     report.show("migrate", text(found), write=arguments.write)
-    # Flat: what a batch takes, not what a table takes.
-    if found["memory_late_mb"] > found["memory_early_mb"] + 8:
+    # Flat: what a batch takes, not what a table takes. A short run's first quarter is over before all of it is in use.
+    if arguments.rows >= 200_000 and found["memory_late_mb"] > found["memory_early_mb"] + 8:
         sys.exit("the backend's memory grew with the table")
 
 

@@ -39,6 +39,12 @@ BEGIN ATOMIC
         'jsonb_build_object(''ctid'', t.ctid::text)');
 END;
 
+-- The value of a column of a row (called t), of a type that the functions on values take.
+CREATE FUNCTION vod_tender_crypto.stored_expression(column_name name, type oid) RETURNS text
+    LANGUAGE sql IMMUTABLE
+RETURN format('t.%I%s', stored_expression.column_name,
+              CASE WHEN stored_expression.type = 'bytea'::regtype THEN '' ELSE '::text' END);
+
 -- row_expression() with the argument's name in what it raises.
 CREATE FUNCTION vod_tender_crypto.checked_expression(
     relation regclass, expression text, purpose text, column_name name, changed text[]
@@ -117,9 +123,9 @@ DECLARE
     due text;
     key_columns name[] := vod_tender_crypto.primary_key((due_expression.j).target);
 BEGIN
-    SELECT format('(%s)', string_agg(format('vod_tender_crypto.is_due(%L, t.%I%s)',
-               vod_tender_crypto.job_task(due_expression.j, (due_expression.j).aads[c.place] IS NOT NULL), a.attname,
-               CASE WHEN a.atttypid = 'varchar'::regtype THEN '::text' ELSE '' END), ' OR '))
+    SELECT format('(%s)', string_agg(format('vod_tender_crypto.is_due(%L, %s)',
+               vod_tender_crypto.job_task(due_expression.j, (due_expression.j).aads[c.place] IS NOT NULL),
+               vod_tender_crypto.stored_expression(a.attname, a.atttypid)), ' OR '))
     INTO due
     FROM unnest((due_expression.j).columns) WITH ORDINALITY c(column_name, place)
     JOIN pg_attribute a ON a.attrelid = due_expression.relation AND a.attname = c.column_name;
@@ -161,6 +167,7 @@ DECLARE
     -- Locked, so that the name stays its own for as long as the statements are used: until the transaction ends.
     table_name text := vod_tender_crypto.lock_relation(plan_job.relation, false);
     due text := vod_tender_crypto.due_expression(plan_job.j, plan_job.relation);
+    row_key text := vod_tender_crypto.key_expression(plan_job.relation);
     set_items text[];
     -- What an aad must not be made of.
     changed text[] := (plan_job.j).columns::text[] || ARRAY(SELECT jsonb_object_keys((plan_job.j).set_columns));
@@ -181,13 +188,13 @@ BEGIN
     plan.guarded := guarded;
     plan.columns := cardinality((plan_job.j).columns);
     FOR col IN
-        SELECT c.column_name, c.place AS at, a.atttypid = 'bytea'::regtype AS is_bytea, (plan_job.j).aads[c.place] AS aad,
+        SELECT c.column_name, c.place AS at, a.atttypid AS type, (plan_job.j).aads[c.place] AS aad,
                (plan_job.j).versions[c.place] AS version
         FROM unnest((plan_job.j).columns) WITH ORDINALITY c(column_name, place)
         JOIN pg_attribute a ON a.attrelid = plan_job.relation AND a.attname = c.column_name
         ORDER BY c.place
     LOOP
-        stored := format('t.%I%s', col.column_name, CASE WHEN col.is_bytea THEN '' ELSE '::text' END);
+        stored := vod_tender_crypto.stored_expression(col.column_name, col.type);
         aad := 'NULL::text';
         IF col.aad IS NOT NULL THEN
             aad := vod_tender_crypto.checked_expression(plan_job.relation, col.aad, 'aad', col.column_name, changed);
@@ -207,7 +214,7 @@ BEGIN
         IF guarded THEN
             -- What is stored must be what was made, under the aad that it was made with.
             same := concat_ws(' AND ', same, format('%s%s IS NOT DISTINCT FROM l.n%s AND %s IS NOT DISTINCT FROM l.a%s', stored,
-                CASE WHEN col.is_bytea THEN '' ELSE ' COLLATE "C"' END, col.at, aad, col.at));
+                CASE WHEN col.type = 'bytea'::regtype THEN '' ELSE ' COLLATE "C"' END, col.at, aad, col.at));
         END IF;
         errors := errors || format(', vod_tender_crypto.conversion_error(%s) AS e%s', arguments, col.at);
         error_rows := concat_ws(', ', error_rows, format('(%L, b.e%s)', col.column_name, col.at));
@@ -251,13 +258,12 @@ BEGIN
          FROM (SELECT %s AS row_key%s FROM ONLY %s t WHERE t.ctid >= $1 AND t.ctid <= $2 AND %s OFFSET 0) b,
               LATERAL (VALUES %s) f(column_name, code)
          WHERE f.code IS NOT NULL',
-        vod_tender_crypto.key_expression(plan_job.relation), errors, table_name, due, error_rows);
-    plan.key_sql := format('SELECT %s FROM ONLY %s t WHERE t.ctid = $1',
-        vod_tender_crypto.key_expression(plan_job.relation), table_name);
+        row_key, errors, table_name, due, error_rows);
+    plan.key_sql := format('SELECT %s FROM ONLY %s t WHERE t.ctid = $1', row_key, table_name);
     plan.count_sql := format(
         'SELECT count(*) FROM ONLY %s t WHERE %s AND NOT EXISTS (
              SELECT FROM vod_tender_crypto.job_error e WHERE e.job = $1 AND e.relation = %s::regclass AND e.row_key = %s)',
-        table_name, due, plan_job.relation::oid, vod_tender_crypto.key_expression(plan_job.relation));
+        table_name, due, plan_job.relation::oid, row_key);
     RETURN plan;
 END
 $$;

@@ -119,15 +119,12 @@ BEGIN
                         j.relation := relations[relation_at];
                         j.filenode := NULL;
                     END IF;
-                    plan := vod_tender_crypto.plan_job(j, j.relation);
+                    plan := NULL;
                     relation_blocks := pg_relation_size(j.relation) / current_setting('block_size')::integer;
                     blocks := 1;
                     rows_fit := j.batch_size;
                     phase := 'look';
                 END IF;
-            ELSIF phase = 'plan' THEN
-                plan := vod_tender_crypto.plan_job(j, j.relation);
-                phase := 'look';
             ELSIF phase = 'look' THEN
                 IF j.rows_failed > j.max_errors THEN
                     RAISE EXCEPTION USING ERRCODE = 'data_exception',
@@ -137,7 +134,8 @@ BEGIN
                         HINT = 'The rows are in vod_tender_crypto.job_error.';
                 END IF;
                 batch_began := clock_timestamp();
-                IF vod_tender_crypto.lock_relation(j.relation, false) <> plan.table_name THEN
+                -- No plan yet, or one of another name.
+                IF vod_tender_crypto.lock_relation(j.relation, false) IS DISTINCT FROM plan.table_name THEN
                     plan := vod_tender_crypto.plan_job(j, j.relation);
                 END IF;
                 IF j.filenode IS DISTINCT FROM pg_relation_filenode(j.relation)::oid THEN
@@ -179,7 +177,7 @@ BEGIN
                 j := outcome.j;
                 IF outcome.replan THEN
                     j.next_row := before.next_row;
-                    phase := 'plan';
+                    plan := NULL;
                 ELSIF outcome.retries > 0 THEN
                     j.next_row := before.next_row;
                     rows_fit := greatest(1, looked.n / 2);
@@ -193,9 +191,7 @@ BEGIN
                     pause := greatest(0, looked.n::double precision / j.max_rows_per_second
                                          - extract(epoch FROM clock_timestamp() - batch_began)::double precision);
                 END IF;
-                IF phase <> 'plan' THEN
-                    phase := 'look';
-                END IF;
+                phase := 'look';
             ELSIF phase = 'end of pass' THEN
                 j := vod_tender_crypto.job_end_pass(j, idle_passes < idle_passes_at_most);
                 IF j.state = 'running' THEN

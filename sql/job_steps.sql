@@ -12,11 +12,8 @@ CREATE FUNCTION vod_tender_crypto.job_lock(job_id bigint) RETURNS boolean
 AS $$
 BEGIN
     -- A cancelled run may have left it in this session; it is held once.
-    RETURN EXISTS (
-        SELECT FROM pg_locks l
-        WHERE l.pid = pg_backend_pid() AND l.locktype = 'advisory' AND l.objsubid = 2
-          AND l.classid = (vod_tender_crypto.job_lock_class()::bigint & 4294967295)::oid AND l.objid = job_lock.job_id::oid
-    ) OR pg_try_advisory_lock(vod_tender_crypto.job_lock_class(), job_lock.job_id::integer);
+    RETURN vod_tender_crypto.job_holder(job_lock.job_id) IS NOT DISTINCT FROM pg_backend_pid()
+        OR pg_try_advisory_lock(vod_tender_crypto.job_lock_class(), job_lock.job_id::integer);
 END
 $$;
 

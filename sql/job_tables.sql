@@ -75,6 +75,17 @@ CREATE FUNCTION vod_tender_crypto.job_lock_class() RETURNS integer
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
 RETURN hashtext('vod_tender_crypto.job');
 
+-- The process whose session runs the job; NULL when none does.
+CREATE FUNCTION vod_tender_crypto.job_holder(job_id bigint) RETURNS integer
+    LANGUAGE sql VOLATILE
+BEGIN ATOMIC
+    SELECT l.pid FROM pg_locks l
+    WHERE l.locktype = 'advisory' AND l.objsubid = 2
+      AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+      AND l.classid = (vod_tender_crypto.job_lock_class()::bigint & 4294967295)::oid
+      AND l.objid = job_holder.job_id::oid;
+END;
+
 -- The state of a job that its row says is running: whether a session has its lock. A job is unlocked after its last state
 -- was committed, so that state is looked up once more (a VOLATILE function sees what was committed meanwhile).
 CREATE FUNCTION vod_tender_crypto.job_state(job_id bigint, state text) RETURNS text
@@ -84,13 +95,7 @@ AS $$
 DECLARE
     now_state text;
 BEGIN
-    IF job_state.state <> 'running' OR EXISTS (
-        SELECT FROM pg_locks l
-        WHERE l.locktype = 'advisory' AND l.objsubid = 2
-          AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-          AND l.classid = (vod_tender_crypto.job_lock_class()::bigint & 4294967295)::oid
-          AND l.objid = job_state.job_id::oid)
-    THEN
+    IF job_state.state <> 'running' OR vod_tender_crypto.job_holder(job_state.job_id) IS NOT NULL THEN
         RETURN job_state.state;
     END IF;
     SELECT j.state INTO now_state FROM vod_tender_crypto.job j WHERE j.job = job_state.job_id;

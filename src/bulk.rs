@@ -110,16 +110,13 @@ mod vod_tender_crypto {
         }
         for head in heads.iter().flat_map(Array::iter).flatten() {
             let prepared = backend::with(|session, run| {
-                let target = target(task, run);
-                Ok(session.prepare_head(run, task, head).map_err(|error| {
-                    let is_own = error.concerns_one_value(target.as_deref());
-                    (error, is_own)
-                }))
+                let prepared = session.prepare_head(run, task, head);
+                Ok(prepared.map_err(|error| (is_values_fault(task, run, &error), error)))
             });
             match prepared.unwrap_or_else(|error| raise(&error, Kind::Text)) {
                 Ok(()) => {}
-                Err((error, true)) => refuse(head, &error),
-                Err((error, false)) => raise(&error, Kind::Text),
+                Err((true, error)) => refuse(head, &error),
+                Err((false, error)) => raise(&error, Kind::Text),
             }
         }
     }
@@ -225,14 +222,13 @@ mod vod_tender_crypto {
         }
     }
 
-    /// Name of the KEK that a job makes new values under: what is wrong with that one is wrong for all values.
-    fn target<W>(task: BulkTask<'_>, run: &Run<'_, W>) -> Option<String> {
-        match task.operation {
-            BulkOperation::Migrate | BulkOperation::Rewrap => {
-                run.keyring.for_encrypting(task.key).ok().map(|kek| kek.name.clone())
-            }
+    /// Whether another value may fare better. What is wrong with the KEK that new values are made under is wrong for all.
+    fn is_values_fault<W>(task: BulkTask<'_>, run: &Run<'_, W>, error: &Error) -> bool {
+        let target = match task.operation {
+            BulkOperation::Migrate | BulkOperation::Rewrap => run.keyring.for_encrypting(task.key).ok(),
             BulkOperation::Downgrade | BulkOperation::Verify => None,
-        }
+        };
+        error.concerns_one_value(target.map(|kek| kek.name.as_str()))
     }
 
     const RETRY: &str = "retry";
@@ -260,7 +256,7 @@ mod vod_tender_crypto {
             let mut out = Varlena::default();
             if task.operation == BulkOperation::Verify {
                 let verified = session.convert(run, task, value, aad, version, &mut out);
-                return Ok(verified.map(|_| None).map_err(|error| (error, false)));
+                return Ok(verified.map(|_| None).map_err(|error| (is_values_fault(task, run, &error), false, error)));
             }
             let mut no_calls = NoCalls::default();
             let mut run = Run { keyring: run.keyring, policy: run.policy, wait: &mut no_calls };
@@ -270,9 +266,10 @@ mod vod_tender_crypto {
                 }
                 Ok(changed.then_some(out))
             });
-            Ok(converted.map_err(|error| (error, no_calls.was_asked)))
+            let fault = converted.map_err(|error| (is_values_fault(task, &run, &error), error));
+            Ok(fault.map_err(|(is_values, error)| (is_values, no_calls.was_asked, error)))
         });
-        let (error, not_prepared) = match outcome.unwrap_or_else(|error| raise(&error, value.kind())) {
+        let (is_values_fault, not_prepared, error) = match outcome.unwrap_or_else(|error| raise(&error, value.kind())) {
             Ok(new) => return Ok(new),
             Err(failure) => failure,
         };
@@ -283,8 +280,7 @@ mod vod_tender_crypto {
         {
             refuse(&head, &error);
         }
-        let target = backend::with(|_, run| Ok(target(task, run))).unwrap_or_default();
-        if !error.concerns_one_value(target.as_deref()) {
+        if !is_values_fault {
             raise(&error, value.kind())
         }
         Err(sqlstate_text(&error, value.kind()))

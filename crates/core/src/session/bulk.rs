@@ -95,7 +95,7 @@ impl Session {
     ) -> Result<bool> {
         match task.operation {
             BulkOperation::Migrate => {
-                if value.bytes().is_empty() || !matches!(Stored::parse(value)?, Stored::Other(_)) {
+                if value.bytes().is_empty() || self.is_version_2(run, value)? {
                     return Ok(false);
                 }
                 let sealing = Sealing { key: task.key, context: task.context, aad };
@@ -108,22 +108,21 @@ impl Session {
                 run.policy.plaintext_reads = allowed;
                 upgraded.map(|_| true)
             }
-            BulkOperation::Rewrap => match Stored::parse(value)? {
-                Stored::Other(_) => Ok(false),
-                _ => self.rewrap(run, value, task.key, sink),
-            },
-            BulkOperation::Downgrade => match Stored::parse(value)? {
-                Stored::Other(_) => Ok(false),
-                _ => self.downgrade(run, value, aad, None, sink).map(|_| true),
-            },
+            BulkOperation::Rewrap | BulkOperation::Downgrade if !self.is_version_2(run, value)? => Ok(false),
+            BulkOperation::Rewrap => self.rewrap(run, value, task.key, sink),
+            BulkOperation::Downgrade => self.downgrade(run, value, aad, None, sink).map(|_| true),
             BulkOperation::Verify => {
                 let mut plaintext = Zeroizing::new(Vec::new());
                 // An envelope says itself what it is.
-                let version = version.filter(|_| matches!(Stored::parse(value), Ok(Stored::Other(_))));
+                let version = version.filter(|_| matches!(self.is_version_2(run, value), Ok(false)));
                 let reading = Reading { aad, context: None, version };
                 self.decrypt(run, value, reading, &mut plaintext).map(|_| false)
             }
         }
+    }
+
+    fn is_version_2<W>(&mut self, run: &Run<'_, W>, value: Value<'_>) -> Result<bool> {
+        Ok(!matches!(self.heads.form(value, &run.policy.limits)?, Form::Other))
     }
 
     /// Whether the operation has something to do with a value. `newest` is what [`Session::newest_kek_id`] found.

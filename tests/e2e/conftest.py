@@ -15,6 +15,7 @@ import pytest
 import emulators
 from cluster import Cluster, Database, extension_available
 from dead_ends import BlackHole, closed_port
+from jobs import add_keys, role
 from skips import cannot_run, in_ci
 from strict_kms import ACCESS_KEY, REGION, SECRET_KEY, StrictKms
 
@@ -96,6 +97,27 @@ def cluster(extension, bare_database):
     """A fresh database with the extension in the session's cluster."""
     bare_database.psql(f"CREATE EXTENSION {extension}")
     return bare_database
+
+
+@pytest.fixture
+def database(cluster):
+    """A database with a legacy key and a local KEK named default."""
+    add_keys(cluster)
+    return cluster
+
+
+@pytest.fixture
+def connection(database):
+    """A session in it."""
+    with database.connect() as session:
+        yield session
+
+
+@pytest.fixture
+def owner(database):
+    """A plain role that may run jobs; give it a table."""
+    with role(database) as name:
+        yield name
 
 
 @pytest.fixture

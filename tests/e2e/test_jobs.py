@@ -11,9 +11,9 @@ import pytest
 
 import kms_faults as faults
 from helpers import add_local_key, one
-from jobs import (AAD, COLUMNS, MIGRATION, TABLE, Background, aad_of, add_keys, add_legacy_key, add_tokens,
+from jobs import (AAD, COLUMNS, MIGRATION, TABLE, Background, aad_of, add_legacy_key, add_tokens,
                   begin_migration, call, contents, fingerprint, job_errors, last_job, make_tokens, migrate, notices,
-                  plaintext, progress, role, versions, wait_until, wrong_tokens)
+                  plaintext, progress, versions, wait_until, wrong_tokens)
 from sqlstate import CANCELED, INVALID_PARAMETER, NO_RIGHT, NOT_READY, UNKNOWN_KEY, UNREACHABLE, UNVERIFIED, fails
 
 TRIGGERED = "09000"
@@ -27,33 +27,12 @@ ROLLBACK_COLUMNS = {"encryption_version": 1, "encryption_key_id": "legacy"}
 UNTOUCHED = "provider, channel, updated_at"
 
 @pytest.fixture
-def database(cluster):
-    """A database with a legacy key and a local KEK named default."""
-    add_keys(cluster)
-    return cluster
-
-
-@pytest.fixture
-def connection(database):
-    """A session in it."""
-    with database.connect() as session:
-        yield session
-
-
-@pytest.fixture
 def aws(cluster, kms):
     """A database with a legacy key whose default KEK is the strict KMS's; gives both."""
     add_legacy_key(cluster)
     with cluster.connect() as session:
         session.execute("SELECT vod_tender_crypto.add_key('default', %s)", [kms.kek_uri()])
     return cluster, kms
-
-
-@pytest.fixture
-def owner(database):
-    """A plain role that may run jobs; give it a table."""
-    with role(database) as name:
-        yield name
 
 
 def all_is_well(connection, rows: int, version: int = 2) -> bool:

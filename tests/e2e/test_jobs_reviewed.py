@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 from helpers import add_local_key, one
-from jobs import add_keys, call, job_errors, last_job, migrate, notices, role, wait_until
+from jobs import call, job_errors, last_job, migrate, notices, role, wait_until
 from jobs import TABLE, make_tokens
 from sqlstate import INVALID_PARAMETER, NOT_READY, fails
 
@@ -16,20 +16,6 @@ NOT_IMMUTABLE = "42P17"
 NOT_SUPPORTED = "0A000"
 EVIL = """CREATE FUNCTION hers.evil(text) RETURNS text LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE AS
           $$ BEGIN RAISE NOTICE 'evil as %', current_user; RETURN $1; END $$"""
-
-
-@pytest.fixture
-def database(cluster):
-    """A database with a legacy key and a local KEK named default."""
-    add_keys(cluster)
-    return cluster
-
-
-@pytest.fixture
-def connection(database):
-    """A superuser's session in it."""
-    with database.connect() as session:
-        yield session
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from cluster import Cluster
 from helpers import add_local_key, one
-from jobs import (AAD, COLUMNS, MIGRATION, TABLE, add_keys, call, contents, job_errors, last_job,
+from jobs import (AAD, COLUMNS, MIGRATION, TABLE, call, contents, job_errors, last_job,
                   make_tokens, migrate, notices, role, versions, wait_until, wrong_tokens)
 from sqlstate import INVALID_PARAMETER, MALFORMED_BYTEA, NO_RIGHT, NOT_READY, UNKNOWN_KEY, UNVERIFIED, detail, fails
 
@@ -24,25 +24,11 @@ IN_USE = "55006"
 
 
 @pytest.fixture
-def database(cluster):
-    """A database with a legacy key and a local KEK named default."""
-    add_keys(cluster)
-    return cluster
-
-
-@pytest.fixture
 def connection(database):
     """A session in it, which takes plaintext for what it is."""
     with database.connect() as session:
         session.execute("SET vod_tender_crypto.plaintext_reads = 'allow'")
         yield session
-
-
-@pytest.fixture
-def owner(database):
-    """A plain role that may run jobs; give it a table."""
-    with role(database) as name:
-        yield name
 
 
 def direct(connection, statements: str) -> None:

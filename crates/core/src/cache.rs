@@ -6,6 +6,7 @@ use std::rc::Rc;
 
 use lru::LruCache;
 
+use crate::access::Seen;
 use crate::context::Context;
 use crate::envelope::FLAGS_AT;
 use crate::keyring::{Kek, Keyring};
@@ -15,7 +16,8 @@ use crate::stats::SessionStats;
 
 /// Which KEK a cached DEK came through, as it was configured then.
 pub struct KekIdentity {
-    name: String,
+    /// Its name.
+    pub name: String,
     uri: String,
     context: Context,
 }
@@ -41,6 +43,8 @@ pub struct OpenedKey {
     pub kek: KekIdentity,
     /// When it was unwrapped.
     pub born_ms: u64,
+    /// Who opened something with it last.
+    pub seen: Seen,
 }
 
 /// Unwrapped DEKs by header; the one unused for longest goes first.
@@ -157,7 +161,12 @@ pub struct SealingKey {
     pub headers: [Vec<u8>; 2],
     /// The same, armored, up to the second colon.
     pub armored: [String; 2],
-    kek: KekIdentity,
+    /// The KEK that wrapped it.
+    pub kek: KekIdentity,
+    /// The envelope's context.
+    pub context: Context,
+    /// Who encrypted something with it last.
+    pub seen: Seen,
     born_ms: u64,
     uses: u64,
     bytes: u64,
@@ -165,9 +174,15 @@ pub struct SealingKey {
 
 impl SealingKey {
     /// A key that was not used yet.
-    pub fn new(key: Rc<ExpandedKey>, headers: [Vec<u8>; 2], kek: KekIdentity, born_ms: u64) -> Self {
+    pub fn new(
+        key: Rc<ExpandedKey>,
+        headers: [Vec<u8>; 2],
+        kek: KekIdentity,
+        context: Context,
+        born_ms: u64,
+    ) -> Self {
         let armored = [crate::armor::armored_head(&headers[0]), crate::armor::armored_head(&headers[1])];
-        SealingKey { key, headers, armored, kek, born_ms, uses: 0, bytes: 0 }
+        SealingKey { key, headers, armored, kek, context, seen: Seen::default(), born_ms, uses: 0, bytes: 0 }
     }
 
     /// Counts a value of so many bytes before it is sealed, so that a failure between cannot exceed the limits.

@@ -61,6 +61,17 @@ pub enum Error {
     /// Rewrapping would put the envelope under a key that could not open it, because its context is another.
     #[error("the envelope's context does not include what key \"{0}\" requires")]
     KeyContext(String),
+    /// The caller may not use the key that way.
+    #[error("permission denied to {privilege} with key \"{key}\"")]
+    NotGranted {
+        /// The key's name.
+        key: String,
+        /// `encrypt`, `decrypt` or `rewrap`.
+        privilege: &'static str,
+    },
+    /// The use of a key must be recorded and could not be.
+    #[error("the use of a key could not be recorded")]
+    NotAudited(String),
     /// Nothing is configured to encrypt with.
     #[error("no key is configured to encrypt with")]
     NothingConfigured,
@@ -106,6 +117,7 @@ impl Error {
             | Error::KeyContext(_)
             | Error::NotRewrappable
             | Error::TooLarge => true,
+            Error::NotGranted { key, .. } => Some(key.as_str()) != target,
             Error::Unverified(mismatch) => *mismatch != Mismatch::RoundTrip,
             Error::KeyState { name, .. } => Some(name.as_str()) != target,
             Error::Service { key, source } => match source.fault {
@@ -120,7 +132,19 @@ impl Error {
             | Error::UnknownGivenKey
             | Error::NothingConfigured
             | Error::LegacyKey(_)
+            | Error::NotAudited(_)
             | Error::Random => false,
+        }
+    }
+}
+
+impl Error {
+    /// The key that it is about, where it names one.
+    pub fn key(&self) -> Option<&str> {
+        match self {
+            Error::UnknownKey(key) | Error::KeyContext(key) => Some(key),
+            Error::KeyState { name: key, .. } | Error::NotGranted { key, .. } | Error::Service { key, .. } => Some(key),
+            _ => None,
         }
     }
 }

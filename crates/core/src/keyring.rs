@@ -1,14 +1,19 @@
 //! The configured keys: the only ones that are ever called.
 
+use std::collections::HashSet;
 use std::rc::Rc;
 
 use crate::context::Context;
+use crate::envelope::{NONCE_BYTES, TAG_BYTES};
 use crate::error::{Error, Result};
 use crate::legacy::LegacyKeys;
 use crate::provider::KeyProvider;
 
 /// Name of the KEK that the server's environment configures.
 pub const ENVIRONMENT_KEY: &str = "default";
+
+/// Name of the legacy keys where rights are granted and uses are recorded; no KEK may have it.
+pub const LEGACY_KEY: &str = "legacy";
 
 /// What a KEK may be used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,6 +91,40 @@ pub struct Keyring {
     pub default_key: String,
     /// The legacy keys.
     pub legacy: Legacy,
+    /// The values that nobody has a reason to open.
+    pub honey: Honey,
+}
+
+/// Values that are watched, known by nonce and tag: those stay when a value is rewrapped.
+#[derive(Default)]
+pub struct Honey(HashSet<[u8; HONEY_BYTES]>);
+
+/// Bytes of a nonce and a tag.
+const HONEY_BYTES: usize = NONCE_BYTES + TAG_BYTES;
+
+impl Honey {
+    /// What a value is known by: nonce ‖ tag of its payload (nonce ‖ ciphertext ‖ tag).
+    pub fn mark(payload: &[u8]) -> Option<[u8; HONEY_BYTES]> {
+        let (nonce, rest) = payload.split_first_chunk::<NONCE_BYTES>()?;
+        let tag = rest.last_chunk::<TAG_BYTES>()?;
+        let mut mark = [0; HONEY_BYTES];
+        mark[..NONCE_BYTES].copy_from_slice(nonce);
+        mark[NONCE_BYTES..].copy_from_slice(tag);
+        Some(mark)
+    }
+
+    /// Watches one more; `false` for what is no mark.
+    pub fn add(&mut self, mark: &[u8]) -> bool {
+        mark.try_into().is_ok_and(|mark| {
+            self.0.insert(mark);
+            true
+        })
+    }
+
+    /// Whether the value with this payload is watched.
+    pub fn has(&self, payload: &[u8]) -> bool {
+        !self.0.is_empty() && Self::mark(payload).is_some_and(|mark| self.0.contains(&mark))
+    }
 }
 
 impl Keyring {

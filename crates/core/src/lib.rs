@@ -6,6 +6,7 @@
 //! This crate knows no PostgreSQL, no async runtime and no network. Its words are those of `docs/FORMAT.md`.
 #![forbid(unsafe_code)]
 
+pub mod access;
 pub mod armor;
 pub mod cache;
 pub mod context;

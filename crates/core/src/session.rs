@@ -14,7 +14,9 @@ pub use bulk::{BulkOperation, BulkTask};
 pub use decrypt::{ReadAs, Reading};
 pub use encrypt::Sealing;
 
+use crate::access::{Admitted, Gate, Privilege, Seen};
 use crate::cache::{OpenedCache, SealingCache};
+use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::keyring::{Kek, Keyring};
 use crate::policy::{Clock, Policy};
@@ -39,6 +41,9 @@ pub struct Session {
     assured: Assured,
     heads: Heads,
     stats: SessionStats,
+    /// Who opened or sealed with the legacy keys last.
+    legacy_opened: Seen,
+    legacy_sealed: Seen,
     /// Associated data of the value at hand: header prefix and aad, one behind the other.
     associated: Vec<u8>,
     /// Payload of the value at hand, as ciphertext.
@@ -56,6 +61,10 @@ pub struct Run<'a, W> {
     pub policy: Policy,
     /// Waits for key services.
     pub wait: &'a mut W,
+    /// Lets the caller through to the keys.
+    pub gate: &'a mut Gate,
+    /// Whether the session looks at what it made itself, and nobody sees anything of it.
+    checking: bool,
 }
 
 /// Sets the associated data of the value at hand, if there is memory.
@@ -73,6 +82,24 @@ fn resize(buffer: &mut Vec<u8>, length: usize) -> Result<()> {
     buffer.try_reserve(length).map_err(|_| Error::TooLarge)?;
     buffer.resize(length, 0);
     Ok(())
+}
+
+impl<'a, W> Run<'a, W> {
+    /// What the caller runs an operation with.
+    pub fn new(keyring: &'a Keyring, policy: Policy, wait: &'a mut W, gate: &'a mut Gate) -> Self {
+        Run { keyring, policy, wait, gate, checking: false }
+    }
+
+    /// The same, for the session to check what it made. Ends with what is returned, however that ends.
+    fn to_check(&mut self) -> Run<'_, W> {
+        Run { keyring: self.keyring, policy: self.policy, wait: self.wait, gate: self.gate, checking: true }
+    }
+
+    /// Lets one use of a key through. Obligation: before anything is opened or sealed with it, a cached key too.
+    #[inline]
+    fn admit(&mut self, seen: &Seen, privilege: Privilege, key: &str, context: &Context) -> Result<Admitted> {
+        if self.checking { Ok(Admitted::CHECK) } else { self.gate.admit(seen, privilege, key, context) }
+    }
 }
 
 impl<W: Wait> Run<'_, W> {
@@ -94,6 +121,8 @@ impl Session {
             assured: Assured::default(),
             heads: Heads::default(),
             stats: SessionStats::default(),
+            legacy_opened: Seen::default(),
+            legacy_sealed: Seen::default(),
             associated: Vec::new(),
             sealed: Vec::new(),
         })

@@ -3,6 +3,7 @@
 use futures_util::StreamExt;
 use futures_util::stream;
 
+use crate::access::Privilege;
 use crate::context::Context;
 use crate::dek::Dek;
 use crate::error::{Error, Mismatch, Result};
@@ -33,6 +34,7 @@ impl Session {
         wanted: u64,
     ) -> Result<()> {
         let kek = run.keyring.for_encrypting(task.key)?;
+        run.gate.require(Privilege::Encrypt, &kek.name)?;
         let empty = Context::empty();
         let own_context = task.context.unwrap_or(&empty);
         let now = self.clock.now_ms();

@@ -3,11 +3,13 @@
 use lru::LruCache;
 use zeroize::Zeroizing;
 
+use crate::access::Privilege;
 use crate::armor;
 use crate::context::Context;
 use crate::envelope::{Header, MAGIC};
 use crate::error::{Error, Mismatch, Result};
 use crate::info::StoredUnder;
+use crate::keyring::LEGACY_KEY;
 use crate::policy::{Limits, PlaintextReads};
 use crate::provider::{Wait, WrappedRef};
 use crate::session::decrypt::unwrap_one;
@@ -201,7 +203,7 @@ impl Session {
             BulkOperation::Downgrade | BulkOperation::Verify if is_header => self.opened_key(run, head).map(drop),
             BulkOperation::Downgrade | BulkOperation::Verify => self.opened_literal(run, head).map(drop),
             BulkOperation::Rewrap if is_header => match self.rewrapped_header(run, task.key, head)? {
-                Some(fresh) => self.assure_header(run, task, &fresh).inspect_err(|_| self.rewraps.clear()),
+                Some((fresh, _)) => self.assure_header(run, task, &fresh).inspect_err(|_| self.rewraps.clear()),
                 None => Ok(()),
             },
             BulkOperation::Rewrap => Err(Error::NotRewrappable),
@@ -211,8 +213,15 @@ impl Session {
     /// Name of the KEK that encrypts, if it can be used with this context.
     pub fn target<W>(&self, run: &Run<'_, W>, key: Option<&str>, context: Option<&Context>) -> Result<String> {
         let kek = run.keyring.for_encrypting(key)?;
+        run.gate.require(Privilege::Encrypt, &kek.name)?;
         kek.context.with(context.unwrap_or(&Context::empty()))?;
         Ok(kek.name.clone())
+    }
+
+    /// Fails where the caller cannot write version 1.
+    pub fn check_way_back<W>(&self, run: &Run<'_, W>) -> Result<()> {
+        run.keyring.legacy_required()?;
+        run.gate.require(Privilege::Encrypt, LEGACY_KEY)
     }
 
     /// Name of the KEK that a rewrap is for; and where its configuration does not say which key it is (an alias), the
@@ -223,6 +232,7 @@ impl Session {
         key: Option<&str>,
     ) -> Result<(String, Option<String>)> {
         let kek = run.keyring.for_encrypting(key)?;
+        run.gate.require(Privilege::Rewrap, &kek.name)?;
         if kek.provider.is_current("").is_some() {
             return Ok((kek.name.clone(), None));
         }

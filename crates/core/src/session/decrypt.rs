@@ -4,11 +4,12 @@ use std::rc::Rc;
 
 use zeroize::Zeroize;
 
+use crate::access::{Admitted, Privilege, Seen};
 use crate::cache::{KekIdentity, OpenedKey};
 use crate::context::Context;
-use crate::envelope::{FLAG_AAD, FLAGS_AT, Header, Payload, bound_prefix};
+use crate::envelope::{FLAG_AAD, FLAGS_AT, Header, Payload, Wrap, bound_prefix};
 use crate::error::{Error, Malformed, Mismatch, Result};
-use crate::keyring::Kek;
+use crate::keyring::{Kek, LEGACY_KEY};
 use crate::policy::PlaintextReads;
 use crate::provider::{Wait, WrappedRef};
 use crate::seal::{Derived, ExpandedKey};
@@ -51,8 +52,11 @@ impl Session {
     ) -> Result<ReadAs> {
         check_version(reading.version)?;
         if let (None | Some(2), Some((header, payload))) = (reading.version, self.heads.known(value)?) {
-            let opened = self.opened_key(run, &header)?;
-            return self.open_envelope(&opened, &header, &payload, reading, value.kind(), sink);
+            watch_envelope(run, &header, &payload)?;
+            let (opened, admitted) = self.opened_key(run, &header)?;
+            self.open_envelope(&opened, &header, &payload, reading, value.kind(), sink)?;
+            run.gate.done(admitted);
+            return Ok(ReadAs::Envelope);
         }
         match Stored::parse(value)? {
             Stored::Other(value) => self.read_other(run, value, reading.version, Plain::ByPolicy, sink),
@@ -60,13 +64,19 @@ impl Session {
                 Err(Error::VersionMismatch(reading.version.unwrap_or_default()))
             }
             Stored::Envelope { header, payload } => {
-                let opened = self.opened_key(run, &header)?;
+                watch_envelope(run, &header, &payload)?;
+                let (opened, admitted) = self.opened_key(run, &header)?;
                 self.heads.remember(value, &header, &run.policy.limits)?;
-                self.open_envelope(&opened, &header, &payload, reading, value.kind(), sink)
+                self.open_envelope(&opened, &header, &payload, reading, value.kind(), sink)?;
+                run.gate.done(admitted);
+                Ok(ReadAs::Envelope)
             }
             Stored::Literal { blob, payload } => {
-                let opened = self.opened_literal(run, &blob)?;
-                self.open_literal(&opened, &payload, reading, value.kind(), sink)
+                let (opened, admitted) = self.opened_literal(run, &blob)?;
+                watch(run, &payload, &opened.kek.name, &opened.context);
+                self.open_literal(&opened, &payload, reading, value.kind(), sink)?;
+                run.gate.done(admitted);
+                Ok(ReadAs::Envelope)
             }
         }
     }
@@ -89,7 +99,7 @@ impl Session {
     /// Reads a value that is not version 2.
     pub(super) fn read_other<W>(
         &mut self,
-        run: &Run<'_, W>,
+        run: &mut Run<'_, W>,
         value: Value<'_>,
         version: Option<i32>,
         plain: Plain,
@@ -118,12 +128,25 @@ impl Session {
         }
     }
 
-    fn open_direct<W>(&mut self, run: &Run<'_, W>, sealed: &[u8], kind: Kind, sink: &mut dyn Sink) -> Result<ReadAs> {
+    fn open_direct<W>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        sealed: &[u8],
+        kind: Kind,
+        sink: &mut dyn Sink,
+    ) -> Result<ReadAs> {
         let keys = run.keyring.legacy_required()?;
+        let none = Context::empty();
+        watch(run, sealed, LEGACY_KEY, &none);
         let payload = Payload::parse(sealed)?;
         let out = sink.buffer(payload.ciphertext.len())?;
         keys.open(payload, out)?;
+        // Only now is it known that the key is used: what looks like ciphertext may be plaintext.
+        let admitted = run
+            .admit(&self.legacy_opened, Privilege::Decrypt, LEGACY_KEY, &none)
+            .inspect_err(|_| out.zeroize())?;
         check_text(kind, out)?;
+        run.gate.done(admitted);
         self.stats.values_decrypted += 1;
         Ok(ReadAs::Direct)
     }
@@ -136,7 +159,7 @@ impl Session {
         reading: Reading<'_>,
         kind: Kind,
         sink: &mut dyn Sink,
-    ) -> Result<ReadAs> {
+    ) -> Result<()> {
         let aad = match (header[FLAGS_AT] & FLAG_AAD != 0, reading.aad) {
             (true, None) => return Err(Error::Unverified(Mismatch::AadMissing)),
             (false, Some(_)) => return Err(Error::Unverified(Mismatch::AadUnexpected)),
@@ -154,13 +177,13 @@ impl Session {
         reading: Reading<'_>,
         kind: Kind,
         sink: &mut dyn Sink,
-    ) -> Result<ReadAs> {
+    ) -> Result<()> {
         check_expected(&opened.context, reading.context)?;
         self.associated.clear();
         self.open_payload(&opened.key, payload, kind, sink)
     }
 
-    fn open_payload(&mut self, key: &ExpandedKey, payload: &[u8], kind: Kind, sink: &mut dyn Sink) -> Result<ReadAs> {
+    fn open_payload(&mut self, key: &ExpandedKey, payload: &[u8], kind: Kind, sink: &mut dyn Sink) -> Result<()> {
         let payload = Payload::parse(payload)?;
         let out = sink.buffer(payload.ciphertext.len())?;
         out.copy_from_slice(payload.ciphertext);
@@ -168,28 +191,37 @@ impl Session {
             .map_err(|_| Error::Unverified(Mismatch::Payload))?;
         check_text(kind, out)?;
         self.stats.values_decrypted += 1;
-        Ok(ReadAs::Envelope)
+        Ok(())
     }
 
-    /// The DEK of a header: out of the cache, or through the first wrap that opens.
-    pub(super) fn opened_key<W: Wait>(&mut self, run: &mut Run<'_, W>, header: &[u8]) -> Result<Rc<OpenedKey>> {
+    /// The DEK of a header, if the caller may decrypt with its KEK: out of the cache, or through the first wrap that opens.
+    pub(super) fn opened_key<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        header: &[u8],
+    ) -> Result<(Rc<OpenedKey>, Admitted)> {
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
         if let Some(opened) = self.opened.get(header, now, &limits, &mut self.stats) {
-            self.stats.cache_hits += 1;
-            return Ok(opened);
+            match run.admit(&opened.seen, Privilege::Decrypt, &opened.kek.name, &opened.context) {
+                Ok(admitted) => {
+                    self.stats.cache_hits += 1;
+                    return Ok((opened, admitted));
+                }
+                // Somebody else opened it through a wrap that is not for this caller. Another wrap may be: it must
+                // open the DEK itself, because a header may name wraps that hold nothing.
+                Err(Error::NotGranted { .. }) => {}
+                Err(other) => return Err(other),
+            }
         }
         self.stats.cache_misses += 1;
         let parsed = Header::parse(header)?;
         let mut failure = None;
         for wrap in &parsed.wraps {
-            let wrapped = WrappedRef { kek_id: Some(wrap.kek_id), bytes: wrap.wrapped_dek };
-            match unwrap_one(run, wrap.key_name, wrapped, &parsed) {
-                Ok((key, kek)) => {
-                    let opened = OpenedKey { key: Rc::new(key), context: parsed.context, kek, born_ms: now };
-                    let opened = Rc::new(opened);
+            match self.open_wrap(run, wrap, &parsed, now) {
+                Ok((opened, admitted)) => {
                     self.opened.put(header, Rc::clone(&opened), &limits, &mut self.stats);
-                    return Ok(opened);
+                    return Ok((opened, admitted));
                 }
                 Err(error) => failure = Some(more_telling(failure, error)),
             }
@@ -197,22 +229,63 @@ impl Session {
         Err(failure.expect("a header has at least one wrap"))
     }
 
+    /// The DEK of a header through one of its wraps. The caller's right is asked for before the key service is.
+    fn open_wrap<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        wrap: &Wrap<'_>,
+        header: &Header<'_>,
+        now_ms: u64,
+    ) -> Result<(Rc<OpenedKey>, Admitted)> {
+        // Of a key that is not configured nobody has rights: that it is not configured tells more.
+        let kek = run.keyring.for_decrypting(wrap.key_name)?;
+        let seen = Seen::default();
+        let admitted = run.admit(&seen, Privilege::Decrypt, &kek.name, &header.context)?;
+        let wrapped = WrappedRef { kek_id: Some(wrap.kek_id), bytes: wrap.wrapped_dek };
+        let (key, kek) = unwrap_one(run, wrap.key_name, wrapped, header)?;
+        let context = header.context.clone();
+        Ok((Rc::new(OpenedKey { key: Rc::new(key), context, kek, born_ms: now_ms, seen }), admitted))
+    }
+
     /// The DEK of a literal form, which names no KEK: the default one is asked.
-    pub(super) fn opened_literal<W: Wait>(&mut self, run: &mut Run<'_, W>, blob: &[u8]) -> Result<Rc<OpenedKey>> {
+    pub(super) fn opened_literal<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        blob: &[u8],
+    ) -> Result<(Rc<OpenedKey>, Admitted)> {
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
         if let Some(opened) = self.opened.get(blob, now, &limits, &mut self.stats) {
+            let admitted = run.admit(&opened.seen, Privilege::Decrypt, &opened.kek.name, &opened.context)?;
             self.stats.cache_hits += 1;
-            return Ok(opened);
+            return Ok((opened, admitted));
         }
         self.stats.cache_misses += 1;
         let kek = run.keyring.for_literal()?;
+        let seen = Seen::default();
+        let admitted = run.admit(&seen, Privilege::Decrypt, &kek.name, &kek.context)?;
         let dek = run.call(kek, kek.provider.unwrap(WrappedRef { kek_id: None, bytes: blob }, &kek.context))?;
         let key = Rc::new(ExpandedKey::new(dek.expose()));
-        let opened = OpenedKey { key, context: kek.context.clone(), kek: KekIdentity::of(kek), born_ms: now };
+        let opened = OpenedKey { key, context: kek.context.clone(), kek: KekIdentity::of(kek), born_ms: now, seen };
         let opened = Rc::new(opened);
         self.opened.put(blob, Rc::clone(&opened), &limits, &mut self.stats);
-        Ok(opened)
+        Ok((opened, admitted))
+    }
+}
+
+/// Raises the alarm when an envelope is watched.
+fn watch_envelope<W>(run: &mut Run<'_, W>, header: &[u8], payload: &[u8]) -> Result<()> {
+    if run.keyring.honey.has(payload) {
+        let header = Header::parse(header)?;
+        watch(run, payload, header.wraps[0].key_name, &header.context);
+    }
+    Ok(())
+}
+
+/// Raises the alarm when a value is watched: also when it will not open, because nobody has a reason to ask for it.
+fn watch<W>(run: &mut Run<'_, W>, payload: &[u8], key: &str, context: &Context) {
+    if run.keyring.honey.has(payload) && !run.checking && run.gate.shows_plaintext() {
+        run.gate.alarm(key, context);
     }
 }
 
@@ -245,11 +318,16 @@ pub(super) fn usable_kek<'a, W>(run: &Run<'a, W>, key_name: &str, context: &Cont
     Ok(kek)
 }
 
-/// Of two failures the one that helps more: a key that was asked tells more than one that is not configured.
+/// Of two failures the one that helps more: a key that was asked tells more than one that is not for the caller, and
+/// that more than one that is not configured.
 pub(super) fn more_telling(first: Option<Error>, second: Error) -> Error {
+    let weight = |error: &Error| match error {
+        Error::UnknownKey(_) => 0,
+        Error::NotGranted { .. } => 1,
+        _ => 2,
+    };
     match first {
-        Some(first) if !matches!(first, Error::UnknownKey(_)) => first,
-        Some(first) if matches!(second, Error::UnknownKey(_)) => first,
+        Some(first) if weight(&first) >= weight(&second) => first,
         _ => second,
     }
 }

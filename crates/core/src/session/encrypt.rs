@@ -2,13 +2,14 @@
 
 use std::rc::Rc;
 
+use crate::access::{Privilege, Seen};
 use crate::armor;
 use crate::cache::{KekIdentity, OpenedKey, SealingKey};
 use crate::context::Context;
 use crate::dek::Dek;
 use crate::envelope::{PAYLOAD_OVERHEAD, Wrap, bound_prefix, write_header};
 use crate::error::{Error, Result};
-use crate::keyring::Kek;
+use crate::keyring::{Kek, LEGACY_KEY};
 use crate::policy::WriteFormat;
 use crate::provider::{Wait, WrappedDek};
 use crate::seal::{Derived, write_payload};
@@ -48,12 +49,13 @@ impl Session {
     /// Version 1 under the first legacy key. It has no place for an aad or a context.
     pub(super) fn seal_direct<W: Wait>(
         &mut self,
-        run: &Run<'_, W>,
+        run: &mut Run<'_, W>,
         plaintext: &[u8],
         kind: Kind,
         sink: &mut dyn Sink,
     ) -> Result<()> {
         let keys = run.keyring.legacy_required()?;
+        let admitted = run.admit(&self.legacy_sealed, Privilege::Encrypt, LEGACY_KEY, &Context::empty())?;
         let length = plaintext.len() + PAYLOAD_OVERHEAD;
         match kind {
             Kind::Bytes => keys.seal(&mut self.random, plaintext, sink.buffer(length)?)?,
@@ -65,6 +67,7 @@ impl Session {
             }
         }
         self.trim();
+        run.gate.done(admitted);
         self.stats.values_encrypted += 1;
         Ok(())
     }
@@ -85,10 +88,12 @@ impl Session {
         let limits = run.policy.limits;
         // Looked up twice because a borrow that is returned cannot be given up again.
         if self.sealing.get(&kek.name, own_context, plaintext.len(), now, &limits).is_none() {
+            run.gate.require(Privilege::Encrypt, &kek.name)?;
             let fresh = self.make_dek(run, kek, own_context, now)?;
             self.sealing.put(&kek.name, own_context, fresh, &limits);
         }
         let key = self.sealing.get(&kek.name, own_context, 0, now, &limits).ok_or(Error::TooLarge)?;
+        let admitted = run.admit(&key.seen, Privilege::Encrypt, &key.kek.name, &key.context)?;
         key.count(plaintext.len());
         let bound = usize::from(sealing.aad.is_some());
         bind(&mut self.associated, bound_prefix(&key.headers[bound]), sealing.aad.unwrap_or(""))?;
@@ -110,6 +115,7 @@ impl Session {
             }
         }
         self.trim();
+        run.gate.done(admitted);
         self.stats.values_encrypted += 1;
         Ok(())
     }
@@ -142,10 +148,16 @@ impl Session {
         let header = |has_aad| write_header(has_aad, &context, &wraps, &derived.commitment);
         let headers = [header(false)?, header(true)?];
         let key = Rc::new(derived.payload_key);
-        let opened = OpenedKey { key: Rc::clone(&key), context, kek: KekIdentity::of(kek), born_ms: now_ms };
+        let opened = OpenedKey {
+            key: Rc::clone(&key),
+            context: context.clone(),
+            kek: KekIdentity::of(kek),
+            born_ms: now_ms,
+            seen: Seen::default(),
+        };
         self.opened.put(&headers[0], Rc::new(opened), &run.policy.limits, &mut self.stats);
         self.stats.deks_made += 1;
-        Ok(SealingKey::new(key, headers, KekIdentity::of(kek), now_ms))
+        Ok(SealingKey::new(key, headers, KekIdentity::of(kek), context, now_ms))
     }
 }
 

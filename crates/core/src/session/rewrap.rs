@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 
 use lru::LruCache;
 
+use crate::access::{Admitted, Privilege};
 use crate::armor;
 use crate::cache::is_young;
 use crate::envelope::{COMMITMENT_BYTES, Header, Wrap};
@@ -33,23 +34,25 @@ impl Session {
             Stored::Literal { .. } => return Err(Error::NotRewrappable),
             Stored::Other(_) => return Err(crate::error::Malformed("not an envelope").into()),
         };
-        let Some(header) = self.rewrapped_header(run, key, &header)? else {
+        let Some((header, moved)) = self.rewrapped_header(run, key, &header)? else {
             return copy(value.bytes(), sink).map(|()| false);
         };
         write(value.kind(), &header, &payload, sink)?;
+        moved.into_iter().for_each(|admitted| run.gate.done(admitted));
         self.stats.deks_rewrapped += 1;
         Ok(true)
     }
 
-    /// The header with its DEK under the KEK `key`; `None` when it is there already.
+    /// The header with its DEK under the KEK `key`, and which keys were used for that; `None` when it is there already.
     pub(super) fn rewrapped_header<W: Wait>(
         &mut self,
         run: &mut Run<'_, W>,
         key: Option<&str>,
         header: &[u8],
-    ) -> Result<Option<Vec<u8>>> {
+    ) -> Result<Option<(Vec<u8>, Vec<Admitted>)>> {
         let header = Header::parse(header)?;
         let target = run.keyring.for_encrypting(key)?;
+        run.gate.require(Privilege::Rewrap, &target.name)?;
         if target.requires_context && !header.context.includes(&target.context) {
             return Err(Error::KeyContext(target.name.clone()));
         }
@@ -57,14 +60,19 @@ impl Session {
         if own.is_some_and(|own| self.is_current(run, target, header.wraps[own].kek_id)) {
             return Ok(None);
         }
+        let to = run.gate.admit_anew(Privilege::Rewrap, &target.name, &header.context)?;
         let (source, fresh) = self.rewrapped(run, target, &header, own)?;
+        let mut moved = vec![to];
+        if own != Some(source) {
+            moved.push(run.gate.admit_anew(Privilege::Rewrap, header.wraps[source].key_name, &header.context)?);
+        }
         if own == Some(source) && header.wraps[source].kek_id == fresh.kek_id {
             return Ok(None);
         }
         let mut wraps = header.wraps.clone();
         wraps[own.unwrap_or(source)] =
             Wrap { key_name: &target.name, kek_id: &fresh.kek_id, wrapped_dek: &fresh.bytes };
-        header.with_wraps(&wraps).map(Some)
+        header.with_wraps(&wraps).map(|header| Some((header, moved)))
     }
 
     fn is_current<W>(&mut self, run: &Run<'_, W>, target: &Kek, kek_id: &str) -> bool {
@@ -106,6 +114,7 @@ impl Session {
         must_check: bool,
     ) -> Result<WrappedDek> {
         let source = usable_kek(run, wrap.key_name, &header.context)?;
+        may_move(run, &source.name, &target.name)?;
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
         let commitment = must_check.then_some(header.commitment);
@@ -131,6 +140,16 @@ impl Session {
         self.rewraps.put(&target.name, wrap, commitment, &fresh, now, &limits);
         Ok(fresh)
     }
+}
+
+/// Whether the caller may move a DEK between two KEKs. Whoever may decrypt with the target could read by moving what
+/// the source's right to rewrap does not show.
+fn may_move<W>(run: &Run<'_, W>, source: &str, target: &str) -> Result<()> {
+    run.gate.require(Privilege::Rewrap, source)?;
+    if source != target && run.gate.allows(Privilege::Decrypt, target) {
+        run.gate.require(Privilege::Decrypt, source)?;
+    }
+    Ok(())
 }
 
 fn is_passing(error: &Error) -> bool {

@@ -1,6 +1,7 @@
 //! The session against a key service in memory.
 
 mod bulk;
+mod rights;
 mod world;
 
 use proptest::prelude::*;

@@ -7,6 +7,7 @@ use std::future::ready;
 use std::rc::Rc;
 use std::task::{Context as TaskContext, Poll, Waker};
 
+use crate::access::{Gate, Journal, Privilege, Rights, Use};
 use crate::armor;
 use crate::context::Context;
 use crate::dek::Dek;
@@ -133,6 +134,16 @@ pub(super) struct World {
     pub(super) session: Session,
     pub(super) time: Rc<Cell<u64>>,
     pub(super) wait: Immediately,
+    pub(super) gate: Gate,
+}
+
+/// Writes nothing down.
+struct Silent;
+
+impl Journal for Silent {
+    fn announce(&mut self, _used: &Use) -> Result<Option<u64>> {
+        Ok(None)
+    }
 }
 
 impl World {
@@ -141,7 +152,10 @@ impl World {
         let time = Rc::new(Cell::new(1_000_000));
         let session = Session::new(Box::new(FakeClock(Rc::clone(&time)))).unwrap();
         let keyring = Keyring { default_key: "main".into(), ..Keyring::default() };
-        let mut world = World { service, keyring, policy: Policy::default(), session, time, wait: Immediately };
+        let mut gate = Gate::new(Box::new(Silent));
+        gate.enter(0, Rc::new(Rights::all()));
+        let (policy, wait) = (Policy::default(), Immediately);
+        let mut world = World { service, keyring, policy, session, time, wait, gate };
         world.add("main", "id-1", "{}", false, true);
         world
     }
@@ -166,12 +180,19 @@ impl World {
         self
     }
 
+    /// Another caller, with these rights and no others.
+    pub(super) fn enter(&mut self, party: u32, granted: &[(&str, Privilege)]) {
+        let mut rights = Rights::default();
+        granted.iter().for_each(|(key, privilege)| rights.grant(key, *privilege));
+        self.gate.enter(party, Rc::new(rights));
+    }
+
     pub(super) fn fresh_session(&mut self) {
         self.session = Session::new(Box::new(FakeClock(Rc::clone(&self.time)))).unwrap();
     }
 
     pub(super) fn split(&mut self) -> (&mut Session, Run<'_, Immediately>) {
-        (&mut self.session, Run { keyring: &self.keyring, policy: self.policy, wait: &mut self.wait })
+        (&mut self.session, Run::new(&self.keyring, self.policy, &mut self.wait, &mut self.gate))
     }
 
     pub(super) fn encrypt(&mut self, plaintext: &str, sealing: Sealing<'_>) -> Result<String> {

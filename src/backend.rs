@@ -2,19 +2,24 @@
 
 use std::cell::RefCell;
 use std::mem::ManuallyDrop;
+use std::rc::Rc;
 
 use pgrx::pg_sys;
-use vod_tender_core::Result;
+use vod_tender_core::access::{Function, Gate};
 use vod_tender_core::keyring::Keyring;
 use vod_tender_core::policy::Policy;
 use vod_tender_core::session::{Run, Session};
 use vod_tender_core::stats::CallLog;
+use vod_tender_core::stored::Kind;
+use vod_tender_core::{Error, Result};
 use vod_tender_providers::Services;
 use vod_tender_providers::secret_file::FileStamp;
 
+use crate::audit::{Announcer, Audit};
+use crate::errors::sqlstate_text;
 use crate::process::CoarseClock;
 use crate::wait::Waiter;
-use crate::{catalog, configuration, process, settings};
+use crate::{callers, catalog, configuration, process, settings};
 
 /// Everything that a backend keeps between calls.
 pub struct Backend {
@@ -27,6 +32,8 @@ pub struct Backend {
     services: Services,
     waiter: Waiter,
     calls: CallLog,
+    gate: Gate,
+    audit: Rc<RefCell<Audit>>,
 }
 
 thread_local! {
@@ -34,13 +41,52 @@ thread_local! {
     static BACKEND: RefCell<Option<ManuallyDrop<Backend>>> = const { RefCell::new(None) };
 }
 
-/// Runs `work` with this backend's session, up to date.
-pub fn with<T>(work: impl FnOnce(&mut Session, &mut Run<'_, Waiter>) -> Result<T>) -> Result<T> {
+/// Runs `work` with this backend's session, up to date, for the roles in effect. `kind` is the type of the value at hand.
+pub fn with<T>(
+    function: Function,
+    kind: Kind,
+    work: impl FnOnce(&mut Session, &mut Run<'_, Waiter>) -> Result<T>,
+) -> Result<T> {
     BACKEND.with_borrow_mut(|slot| {
         let backend = Backend::current(slot)?;
         backend.refresh();
-        let mut run = Run { keyring: &backend.keyring, policy: backend.policy, wait: &mut backend.waiter };
-        work(&mut backend.session, &mut run)
+        backend.audit.borrow_mut().callers.enter(&mut backend.gate);
+        backend.gate.begin(function);
+        let mut run = Run::new(&backend.keyring, backend.policy, &mut backend.waiter, &mut backend.gate);
+        let result = work(&mut backend.session, &mut run);
+        backend.note(result.as_ref().err(), kind);
+        result
+    })
+}
+
+/// Notes that the last call failed with this SQLSTATE, where its caller handles the failure.
+pub fn failed(sqlstate: &str) {
+    BACKEND.with_borrow_mut(|slot| {
+        if let Some(backend) = slot.as_mut().filter(|backend| backend.process == process::id()) {
+            backend.gate.failed(sqlstate, None);
+        }
+    });
+}
+
+/// Writes down what the transaction that ends has used.
+pub fn end_transaction(committed: bool) {
+    BACKEND.with(|slot| {
+        // An error that unwinds gives the session up before the transaction ends.
+        if let Ok(mut slot) = slot.try_borrow_mut()
+            && let Some(backend) = slot.as_mut().filter(|backend| backend.process == process::id())
+        {
+            let audit = Rc::clone(&backend.audit);
+            audit.borrow_mut().end_transaction(&mut backend.gate, committed);
+        }
+    });
+}
+
+/// Runs `work` with this backend's part of the audit.
+pub fn with_audit<T>(work: impl FnOnce(&mut Audit) -> T) -> Result<T> {
+    BACKEND.with_borrow_mut(|slot| {
+        let backend = Backend::current(slot)?;
+        let mut audit = backend.audit.borrow_mut();
+        Ok(work(&mut audit))
     })
 }
 
@@ -77,6 +123,13 @@ impl Backend {
         Ok(slot.as_mut().expect("it was just made"))
     }
 
+    /// Writes down what was used in a transaction that the session's end ends.
+    fn end(&mut self) {
+        if let Ok(mut audit) = self.audit.try_borrow_mut() {
+            audit.end_transaction(&mut self.gate, false);
+        }
+    }
+
     fn clear(&mut self) {
         self.session.clear();
         self.services.forget();
@@ -85,6 +138,7 @@ impl Backend {
 
     fn new() -> Result<Self> {
         let calls = CallLog::default();
+        let audit = Rc::new(RefCell::new(Audit::default()));
         let backend = Backend {
             process: process::id(),
             statement: i64::MIN,
@@ -95,19 +149,25 @@ impl Backend {
             services: Services::new(calls.clone()),
             waiter: Waiter::default(),
             calls,
+            gate: Gate::new(Box::new(Announcer(Rc::clone(&audit)))),
+            audit,
         };
         catalog::watch();
+        callers::watch();
         catalog::set_changed();
         // SAFETY: registers a function for the end of this process; it is in this library, which stays loaded.
-        unsafe { pg_sys::before_shmem_exit(Some(at_exit), pg_sys::Datum::null()) };
+        unsafe {
+            pg_sys::before_shmem_exit(Some(at_exit), pg_sys::Datum::null());
+            pg_sys::RegisterXactCallback(Some(at_transaction_end), std::ptr::null_mut());
+        }
         Ok(backend)
     }
 
     /// Takes in changed keys and settings: with every statement of the client, and whenever PostgreSQL said within
-    /// one that something changed. In between it costs three loads.
+    /// one that something changed. In between it costs four loads.
     fn refresh(&mut self) {
         let statement = process::statement();
-        if statement == self.statement && !catalog::changed() && !settings::changed() {
+        if statement == self.statement && !catalog::changed() && !settings::changed() && !callers::changed() {
             return;
         }
         catalog::receive_changes();
@@ -124,9 +184,32 @@ impl Backend {
             catalog::set_unread(false);
             self.legacy_file = legacy_file;
             self.session.keys_changed(&self.keyring);
+            self.rights_changed();
+        }
+        if callers::take_changed() {
+            self.rights_changed();
         }
         self.session.expire(&self.policy);
         self.statement = statement;
+    }
+
+    /// Notes how a call went.
+    fn note(&mut self, error: Option<&Error>, kind: Kind) {
+        let requests = self.calls.take_requests();
+        if let Some(error) = error {
+            self.gate.failed(&sqlstate_text(error, kind), error.key());
+        }
+        if !requests.is_empty() {
+            self.gate.note_requests(requests);
+        }
+        if self.gate.has_alarms() {
+            self.audit.borrow_mut().alarms(&mut self.gate);
+        }
+    }
+
+    fn rights_changed(&mut self) {
+        self.gate.forget();
+        self.audit.borrow_mut().callers.rights_changed();
     }
 }
 
@@ -138,6 +221,17 @@ fn calls_by_service(calls: &CallLog) -> serde_json::Value {
     services
 }
 
+/// Writes the audit records when a transaction has ended. Whatever happened, it does not fail.
+#[pgrx::pg_guard]
+unsafe extern "C-unwind" fn at_transaction_end(event: pg_sys::XactEvent::Type, _argument: *mut std::ffi::c_void) {
+    use pg_sys::XactEvent::*;
+    match event {
+        XACT_EVENT_COMMIT | XACT_EVENT_PREPARE | XACT_EVENT_PARALLEL_COMMIT => end_transaction(true),
+        XACT_EVENT_ABORT | XACT_EVENT_PARALLEL_ABORT => end_transaction(false),
+        _ => {}
+    }
+}
+
 /// Wipes the secrets when the session ends, also when it ends in the middle of a call.
 #[pgrx::pg_guard]
 unsafe extern "C-unwind" fn at_exit(_code: std::ffi::c_int, _argument: pg_sys::Datum) {
@@ -145,10 +239,16 @@ unsafe extern "C-unwind" fn at_exit(_code: std::ffi::c_int, _argument: pg_sys::D
         Ok(mut slot) => {
             if let Some(backend) = slot.take().filter(|backend| backend.process == process::id()) {
                 let mut backend = ManuallyDrop::into_inner(backend);
+                backend.end();
                 backend.clear();
             }
         }
-        // SAFETY: the process ends here; whoever holds the session does not run again.
-        Err(_) => unsafe { vod_tender_secret_memory::wipe_all() },
+        // SAFETY: the process ends here, in the middle of a wait; whoever holds the session does not run again.
+        Err(_) => unsafe {
+            if let Some(backend) = (*slot.as_ptr()).as_mut() {
+                backend.end();
+            }
+            vod_tender_secret_memory::wipe_all();
+        },
     });
 }

@@ -13,6 +13,7 @@ mod vod_tender_crypto {
     use pgrx::pg_sys::panic::ErrorReport;
     use pgrx::prelude::*;
     use vod_tender_core::Error;
+    use vod_tender_core::access::Function;
     use vod_tender_core::context::Context;
     use vod_tender_core::provider::{Fault, ProviderError, ProviderFuture, Wait};
     use vod_tender_core::session::{BulkOperation, BulkTask, Run};
@@ -37,7 +38,7 @@ mod vod_tender_crypto {
     ) -> Option<TextOut> {
         let stored = stored?;
         let value = Value::Text(stored.get()?);
-        convert(&Task::of(&task), value, &aad, version).ok().map(|new| TextOut(new.unwrap_or_else(|| copy(value))))
+        converted(&Task::of(&task), value, &aad, version).map(|new| TextOut(new.unwrap_or_else(|| copy(value))))
     }
 
     /// The same for `bytea`.
@@ -49,7 +50,7 @@ mod vod_tender_crypto {
         version: Option<i32>,
     ) -> Option<BytesOut> {
         let value = Value::Bytes(stored?);
-        convert(&Task::of(&task), value, &aad, version).ok().map(|new| BytesOut(new.unwrap_or_else(|| copy(value))))
+        converted(&Task::of(&task), value, &aad, version).map(|new| BytesOut(new.unwrap_or_else(|| copy(value))))
     }
 
     /// Why `convert_value` fails for a value: an SQLSTATE, or `retry` when what it needs was not fetched. NULL when it
@@ -63,7 +64,7 @@ mod vod_tender_crypto {
     ) -> Option<String> {
         let stored = stored?;
         let Some(text) = stored.get() else { return Some(sqlstate_text(&Error::ArgumentNotText, Kind::Text)) };
-        convert(&Task::of(&task), Value::Text(text), &aad, version).err()
+        failure(&Task::of(&task), Value::Text(text), &aad, version)
     }
 
     /// The same for `bytea`.
@@ -74,7 +75,7 @@ mod vod_tender_crypto {
         aad: Option<TextIn<'a>>,
         version: Option<i32>,
     ) -> Option<String> {
-        convert(&Task::of(&task), Value::Bytes(stored?), &aad, version).err()
+        failure(&Task::of(&task), Value::Bytes(stored?), &aad, version)
     }
 
     /// What of a stored value the key service must see before it can be converted: its header, or the blob of the
@@ -91,7 +92,7 @@ mod vod_tender_crypto {
     }
 
     fn needed_head(value: Value<'_>) -> Option<Vec<u8>> {
-        backend::with(|session, run| session.needed_head(run, value))
+        backend::with(Function::Other, value.kind(), |session, run| session.needed_head(run, value))
             .unwrap_or_else(|error| raise(&error, value.kind()))
     }
 
@@ -105,11 +106,13 @@ mod vod_tender_crypto {
         REFUSED.with_borrow_mut(HashMap::clear);
         if task.operation == BulkOperation::Migrate {
             let count = |values: i64| u64::try_from(values).unwrap_or_default();
-            backend::with(|session, run| session.make_deks_ahead(run, task, count(needed), count(wanted)))
-                .unwrap_or_else(|error| raise(&error, Kind::Text));
+            let made = backend::with(Function::MigrateJob, Kind::Text, |session, run| {
+                session.make_deks_ahead(run, task, count(needed), count(wanted))
+            });
+            made.unwrap_or_else(|error| raise(&error, Kind::Text));
         }
         for head in heads.iter().flat_map(Array::iter).flatten() {
-            let prepared = backend::with(|session, run| {
+            let prepared = backend::with(function(task.operation), Kind::Text, |session, run| {
                 let prepared = session.prepare_head(run, task, head);
                 Ok(prepared.map_err(|error| (is_values_fault(task, run, &error), error)))
             });
@@ -135,7 +138,7 @@ mod vod_tender_crypto {
 
     fn kek_id(value: Value<'_>, key: &Option<TextIn<'_>>) -> Option<String> {
         let key = key.as_ref().map(TextIn::as_str);
-        backend::with(|session, run| session.kek_id(run, value, key))
+        backend::with(Function::Other, value.kind(), |session, run| session.kek_id(run, value, key))
             .unwrap_or_else(|error| raise(&error, value.kind()))
     }
 
@@ -231,6 +234,41 @@ mod vod_tender_crypto {
         error.concerns_one_value(target.map(|kek| kek.name.as_str()))
     }
 
+    /// What the audit calls a job.
+    fn function(operation: BulkOperation) -> Function {
+        match operation {
+            BulkOperation::Migrate => Function::MigrateJob,
+            BulkOperation::Rewrap => Function::RewrapJob,
+            BulkOperation::Downgrade => Function::DowngradeJob,
+            BulkOperation::Verify => Function::Verify,
+        }
+    }
+
+    /// The new value, if there is one, and the audit knows of the failure if there is none.
+    fn converted(
+        task: &Task,
+        value: Value<'_>,
+        aad: &Option<TextIn<'_>>,
+        version: Option<i32>,
+    ) -> Option<Option<Varlena>> {
+        convert(task, value, aad, version).inspect_err(|code| note_failure(code)).ok()
+    }
+
+    /// Why there is none. Jobs ask after `convert_value` failed, and has noted it; verify() asks this alone.
+    fn failure(task: &Task, value: Value<'_>, aad: &Option<TextIn<'_>>, version: Option<i32>) -> Option<String> {
+        let failure = convert(task, value, aad, version).err();
+        if task.operation == BulkOperation::Verify {
+            failure.iter().for_each(|code| note_failure(code));
+        }
+        failure
+    }
+
+    fn note_failure(code: &str) {
+        if code != RETRY {
+            backend::failed(code);
+        }
+    }
+
     const RETRY: &str = "retry";
 
     /// The new value, if there is one; or why there is none.
@@ -252,14 +290,14 @@ mod vod_tender_crypto {
         {
             return Err(code);
         }
-        let outcome = backend::with(|session, run| {
+        let outcome = backend::with(function(task.operation), value.kind(), |session, run| {
             let mut out = Varlena::default();
             if task.operation == BulkOperation::Verify {
                 let verified = session.convert(run, task, value, aad, version, &mut out);
                 return Ok(verified.map(|_| None).map_err(|error| (is_values_fault(task, run, &error), false, error)));
             }
             let mut no_calls = NoCalls::default();
-            let mut run = Run { keyring: run.keyring, policy: run.policy, wait: &mut no_calls };
+            let mut run = Run::new(run.keyring, run.policy, &mut no_calls, run.gate);
             let converted = session.convert(&mut run, task, value, aad, version, &mut out).and_then(|changed| {
                 if changed {
                     session.assure(&mut run, task, written(&mut out, value.kind()))?;
@@ -337,8 +375,10 @@ mod vod_tender_crypto {
 
     fn is_due(task: &Task, value: Value<'_>) -> bool {
         let (key, newest) = (task.key.as_deref(), task.newest_kek_id.as_deref());
-        backend::with(|session, run| session.is_due(run, task.operation, value, key, newest))
-            .unwrap_or_else(|error| raise(&error, value.kind()))
+        backend::with(Function::Other, value.kind(), |session, run| {
+            session.is_due(run, task.operation, value, key, newest)
+        })
+        .unwrap_or_else(|error| raise(&error, value.kind()))
     }
 
     /// Name of the KEK that a job uses, and its id now where only the key service knows it. Raises where the KEK or
@@ -350,10 +390,11 @@ mod vod_tender_crypto {
         context: Option<ContextIn>,
     ) -> TableIterator<'static, (name!(key_name, Option<String>), name!(newest_kek_id, Option<String>))> {
         let (key, context) = (key.as_ref().map(TextIn::as_str), context.as_ref().map(ContextIn::context));
-        let found = backend::with(|session, run| match named(&operation) {
+        let operation = named(&operation);
+        let found = backend::with(function(operation), Kind::Text, |session, run| match operation {
             BulkOperation::Migrate => session.target(run, key, context).map(|name| (Some(name), None)),
             BulkOperation::Rewrap => session.newest_kek_id(run, key).map(|(name, newest)| (Some(name), newest)),
-            BulkOperation::Downgrade => run.keyring.legacy_required().map(|_| (None, None)),
+            BulkOperation::Downgrade => session.check_way_back(run).map(|()| (None, None)),
             BulkOperation::Verify => Ok((None, None)),
         });
         TableIterator::once(found.unwrap_or_else(|error| raise(&error, Kind::Text)))
@@ -414,7 +455,7 @@ mod vod_tender_crypto {
         if value.bytes().is_empty() {
             return None;
         }
-        let under = backend::with(|session, run| session.stored_under(run, value));
+        let under = backend::with(Function::Other, value.kind(), |session, run| session.stored_under(run, value));
         let under = under.unwrap_or_else(|error| raise(&error, value.kind()));
         Some(serde_json::to_string(&under).unwrap_or_default())
     }

@@ -23,7 +23,7 @@ pub fn read_keyring(services: &Services) -> Keyring {
         let requires_context = !keks.is_empty();
         keks.extend(from_environment(requires_context, services));
     }
-    Keyring { keks, default_key: settings::default_key(), legacy: read_legacy() }
+    Keyring { keks, default_key: settings::default_key(), legacy: read_legacy(), honey: catalog::read_honey() }
 }
 
 fn from_row(row: KekRow, services: &Services) -> Option<Kek> {

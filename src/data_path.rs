@@ -4,6 +4,7 @@
 
 use pgrx::prelude::*;
 use pgrx::{JsonB, default};
+use vod_tender_core::access::Function;
 use vod_tender_core::info::describe;
 use vod_tender_core::session::{ReadAs, Reading, Run, Sealing, Session};
 use vod_tender_core::stored::{self, Kind, Value};
@@ -149,7 +150,7 @@ fn encrypt(
     aad: &Option<TextIn<'_>>,
 ) -> Option<Varlena> {
     let sealing = sealing(key, context, aad);
-    run(plaintext.kind(), |session, run, out| session.encrypt(run, plaintext, sealing, out))
+    run(Function::Encrypt, plaintext.kind(), |session, run, out| session.encrypt(run, plaintext, sealing, out))
 }
 
 fn decrypt(
@@ -159,11 +160,13 @@ fn decrypt(
     version: Option<i32>,
 ) -> Option<Varlena> {
     let reading = Reading { aad: text(aad), context: context.as_ref().map(ContextIn::context), version };
-    run(value.kind(), |session, run, out| session.decrypt(run, value, reading, out).map(warn_if_plaintext))
+    run(Function::Decrypt, value.kind(), |session, run, out| {
+        session.decrypt(run, value, reading, out).map(warn_if_plaintext)
+    })
 }
 
 fn rewrap(value: Value<'_>, key: &Option<TextIn<'_>>) -> Option<Varlena> {
-    run(value.kind(), |session, run, out| session.rewrap(run, value, text(key), out).map(drop))
+    run(Function::Rewrap, value.kind(), |session, run, out| session.rewrap(run, value, text(key), out).map(drop))
 }
 
 fn upgrade(
@@ -174,19 +177,26 @@ fn upgrade(
     version: Option<i32>,
 ) -> Option<Varlena> {
     let sealing = sealing(key, context, aad);
-    run(value.kind(), |session, run, out| session.upgrade(run, value, sealing, version, out).map(warn_if_plaintext))
+    run(Function::Upgrade, value.kind(), |session, run, out| {
+        session.upgrade(run, value, sealing, version, out).map(warn_if_plaintext)
+    })
 }
 
 fn downgrade(value: Value<'_>, aad: &Option<TextIn<'_>>, version: Option<i32>) -> Option<Varlena> {
-    run(value.kind(), |session, run, out| session.downgrade(run, value, text(aad), version, out).map(warn_if_plaintext))
+    run(Function::Downgrade, value.kind(), |session, run, out| {
+        session.downgrade(run, value, text(aad), version, out).map(warn_if_plaintext)
+    })
 }
 
 fn version(value: Value<'_>) -> Option<i32> {
-    Some(backend::with(|session, run| session.version(run, value)).unwrap_or_else(|error| raise(&error, value.kind())))
+    let kind = value.kind();
+    let version = backend::with(Function::Other, kind, |session, run| session.version(run, value));
+    Some(version.unwrap_or_else(|error| raise(&error, kind)))
 }
 
 fn info(value: Value<'_>) -> Option<JsonB> {
-    let info = backend::with(|session, run| describe(value, session.version(run, value)?));
+    let info =
+        backend::with(Function::Other, value.kind(), |session, run| describe(value, session.version(run, value)?));
     let info = info.unwrap_or_else(|error| raise(&error, value.kind()));
     Some(JsonB(serde_json::to_value(info).unwrap_or_default()))
 }
@@ -204,11 +214,12 @@ fn text<'a>(argument: &'a Option<TextIn<'_>>) -> Option<&'a str> {
 }
 
 fn run(
+    function: Function,
     kind: Kind,
     work: impl FnOnce(&mut Session, &mut Run<'_, Waiter>, &mut Varlena) -> Result<()>,
 ) -> Option<Varlena> {
     let mut out = Varlena::default();
-    match backend::with(|session, run| work(session, run, &mut out)) {
+    match backend::with(function, kind, |session, run| work(session, run, &mut out)) {
         Ok(()) => Some(out),
         Err(error) => raise(&error, kind),
     }

@@ -62,6 +62,8 @@ fn sqlstate(error: &Error, kind: Kind) -> PgSqlErrorCode {
             Code::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE
         }
         Error::TooLarge => Code::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+        Error::NotGranted { .. } => Code::ERRCODE_INSUFFICIENT_PRIVILEGE,
+        Error::NotAudited(_) => Code::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
         Error::Random => Code::ERRCODE_INTERNAL_ERROR,
         Error::Service { source, .. } => match source.fault {
             Fault::Denied => Code::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
@@ -76,10 +78,15 @@ fn sqlstate(error: &Error, kind: Kind) -> PgSqlErrorCode {
     }
 }
 
+const GRANTED_TO: &str =
+    "Both the calling role and the owner of a SECURITY DEFINER function that it calls need the privilege.";
+
 fn detail(error: &Error) -> Option<String> {
     match error {
         Error::Malformed(what) => Some(format!("Not well-formed: {what}.")),
         Error::Unverified(mismatch) => Some(mismatch.to_string()),
+        Error::NotAudited(why) => Some(format!("The audit's queue: {why}.")),
+        Error::NotGranted { .. } => Some(GRANTED_TO.to_owned()),
         Error::Service { source, .. } => source.trace.clone(),
         _ => None,
     }
@@ -116,6 +123,13 @@ fn hint(error: &Error) -> Option<&'static str> {
         Error::LegacyKey(_) => {
             "The legacy key comes from ENCRYPTION_KEY in the server's environment or from \
              vod_tender_crypto.legacy_key_file."
+        }
+        Error::NotGranted { .. } => {
+            "vod_tender_crypto.grant_key() gives privileges on keys; legacy is the legacy keys' name."
+        }
+        Error::NotAudited(_) => {
+            "vod_tender_crypto.audit_required refuses what cannot be recorded. Make room in the data directory, or raise \
+             vod_tender_crypto.audit_queue_limit or max_worker_processes."
         }
         Error::Unverified(Mismatch::AadMissing) => "Pass the aad that the value was encrypted with.",
         Error::Unverified(Mismatch::AadUnexpected) => "Omit aad for values that were encrypted without one.",

@@ -5,8 +5,10 @@
 
 mod administration;
 mod arguments;
+mod audit;
 mod backend;
 mod bulk;
+mod callers;
 mod catalog;
 mod configuration;
 mod data_path;
@@ -14,6 +16,7 @@ mod errors;
 mod process;
 mod results;
 mod row_expression;
+mod server_log;
 mod settings;
 mod signals;
 mod wait;
@@ -37,6 +40,7 @@ pgrx::extension_sql_file!(
     name = "catalog",
     requires = [administration::vod_tender_crypto::check_key, administration::vod_tender_crypto::kek_changed]
 );
+pgrx::extension_sql_file!("../sql/key_grant.sql", name = "key_grant", requires = ["catalog"]);
 pgrx::extension_sql_file!("../sql/protected_column.sql", name = "protected_column", requires = ["catalog"]);
 pgrx::extension_sql_file!("../sql/job_tables.sql", name = "job_tables", requires = ["protected_column"]);
 pgrx::extension_sql_file!(
@@ -68,4 +72,23 @@ pgrx::extension_sql_file!("../sql/job_run.sql", name = "job_run", requires = ["j
 pgrx::extension_sql_file!("../sql/jobs.sql", name = "jobs", requires = ["job_run"]);
 pgrx::extension_sql_file!("../sql/verify.sql", name = "verify", requires = ["jobs"]);
 pgrx::extension_sql_file!("../sql/census.sql", name = "census", requires = ["job_plan"]);
-pgrx::extension_sql_file!("../sql/grants.sql", name = "grants", requires = ["verify", "census"], finalize);
+pgrx::extension_sql_file!(
+    "../sql/audit.sql",
+    name = "audit",
+    requires = ["catalog", administration::vod_tender_crypto::flush_audit]
+);
+pgrx::extension_sql_file!(
+    "../sql/honey.sql",
+    name = "honey",
+    requires = [
+        "jobs",
+        administration::vod_tender_crypto::honey_mark_text,
+        administration::vod_tender_crypto::honey_mark_bytea
+    ]
+);
+pgrx::extension_sql_file!(
+    "../sql/grants.sql",
+    name = "grants",
+    requires = ["verify", "census", "key_grant", "audit", "honey"],
+    finalize
+);

@@ -49,6 +49,17 @@ fn transaction_timeout_pending() -> bool {
     false
 }
 
+/// Waits for so long, and does what becomes pending meanwhile. May raise an error, or end the process.
+pub fn sleep_interruptibly(time: std::time::Duration) {
+    let events = (pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH) as std::ffi::c_int;
+    // SAFETY: this process's own latch.
+    unsafe {
+        pg_sys::WaitLatch(pg_sys::MyLatch, events, time.as_millis() as std::ffi::c_long, wait_event());
+        pg_sys::ResetLatch(pg_sys::MyLatch);
+    }
+    process_interrupts();
+}
+
 /// Does what is pending. May raise an error, or end the process.
 pub fn process_interrupts() {
     pgrx::check_for_interrupts!();

@@ -34,6 +34,23 @@ enum PlaintextReads {
     Allow,
 }
 
+/// Where records of the use of keys go.
+#[derive(Clone, Copy, PartialEq, Eq, PostgresGucEnum)]
+pub enum AuditMode {
+    /// Nowhere.
+    #[name = c"off"]
+    Off,
+    /// The server's log.
+    #[name = c"log"]
+    Log,
+    /// The table `vod_tender_crypto.audit_record`.
+    #[name = c"table"]
+    Table,
+}
+
+static AUDIT: GucSetting<AuditMode> = GucSetting::<AuditMode>::new(AuditMode::Off);
+static AUDIT_REQUIRED: GucSetting<bool> = GucSetting::<bool>::new(false);
+static AUDIT_QUEUE_LIMIT: GucSetting<i32> = GucSetting::<i32>::new(1024);
 static DEFAULT_KEY: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"default"));
 static ENCRYPTION_CONTEXT: GucSetting<Option<CString>> =
     GucSetting::<Option<CString>>::new(Some(c"{\"Application\":\"vod-tender\",\"Purpose\":\"oauth-token\"}"));
@@ -99,6 +116,21 @@ pub fn call_limits() -> CallLimits {
     }
 }
 
+/// Where records of the use of keys go.
+pub fn audit() -> AuditMode {
+    AUDIT.get()
+}
+
+/// Whether nothing is decrypted or encrypted that could not be recorded.
+pub fn audit_required() -> bool {
+    AUDIT_REQUIRED.get()
+}
+
+/// Most bytes of a database's queue of records.
+pub fn audit_queue_bytes() -> u64 {
+    positive(&AUDIT_QUEUE_LIMIT) << 20
+}
+
 /// Name of the key for callers that name none.
 pub fn default_key() -> String {
     text(&DEFAULT_KEY)
@@ -156,6 +188,28 @@ pub fn define() {
         c"vod_tender_crypto.plaintext_reads",
         c"What reading a value that is not encrypted does: refuse, warn or allow.",
         &PLAINTEXT_READS,
+    );
+    // Who used which key. Whoever could turn it off could read unseen.
+    define_choice(
+        c"vod_tender_crypto.audit",
+        c"Where the use of keys is recorded: off, the server's log, or a table.",
+        &AUDIT,
+    );
+    GucRegistry::define_bool_guc(
+        c"vod_tender_crypto.audit_required",
+        c"Refuses to decrypt and encrypt what cannot be recorded first.",
+        c"",
+        &AUDIT_REQUIRED,
+        GucContext::Suset,
+        none,
+    );
+    define_number(
+        c"vod_tender_crypto.audit_queue_limit",
+        c"Room for records of one database that are not in the table yet.",
+        &AUDIT_QUEUE_LIMIT,
+        1..=1_048_576,
+        GucContext::Suset,
+        GucFlags::UNIT_MB,
     );
     // How long a DEK serves: longer means fewer calls, and more values or time exposed by one DEK.
     for (name, about, setting, range, unit) in [

@@ -174,13 +174,7 @@ pub struct SealingKey {
 
 impl SealingKey {
     /// A key that was not used yet.
-    pub fn new(
-        key: Rc<ExpandedKey>,
-        headers: [Vec<u8>; 2],
-        kek: KekIdentity,
-        context: Context,
-        born_ms: u64,
-    ) -> Self {
+    pub fn new(key: Rc<ExpandedKey>, headers: [Vec<u8>; 2], kek: KekIdentity, context: Context, born_ms: u64) -> Self {
         let armored = [crate::armor::armored_head(&headers[0]), crate::armor::armored_head(&headers[1])];
         SealingKey { key, headers, armored, kek, context, seen: Seen::default(), born_ms, uses: 0, bytes: 0 }
     }

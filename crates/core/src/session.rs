@@ -91,7 +91,7 @@ impl<'a, W> Run<'a, W> {
     }
 
     /// The same, for the session to check what it made. Ends with what is returned, however that ends.
-    fn to_check(&mut self) -> Run<'_, W> {
+    fn checking(&mut self) -> Run<'_, W> {
         Run { keyring: self.keyring, policy: self.policy, wait: self.wait, gate: self.gate, checking: true }
     }
 

@@ -30,9 +30,12 @@ pub struct SessionStats {
     pub deks_rewrapped: u64,
 }
 
-/// Calls to key services by (service, operation, outcome). Clones share their counts.
+/// Calls to key services by (service, operation, outcome), and under which ids the services logged them. Clones share both.
 #[derive(Debug, Default, Clone)]
-pub struct CallLog(Rc<RefCell<BTreeMap<CallKey, CallTotals>>>);
+pub struct CallLog(Rc<RefCell<BTreeMap<CallKey, CallTotals>>>, Rc<RefCell<Vec<String>>>);
+
+/// Request ids that are kept until they are taken.
+const MOST_REQUESTS: usize = 64;
 
 type CallKey = (&'static str, &'static str, &'static str);
 
@@ -51,6 +54,19 @@ impl CallLog {
     /// Notes that a call begins. It counts as `cancelled` when it is dropped before [`Call::end`].
     pub fn begin(&self, service: &'static str, operation: &'static str) -> Call {
         Call { log: self.clone(), service, operation, outcome: "cancelled", began: Instant::now() }
+    }
+
+    /// Notes the id under which a service logged a request.
+    pub fn note_request(&self, id: &str) {
+        let mut requests = self.1.borrow_mut();
+        if requests.len() < MOST_REQUESTS {
+            requests.push(id.to_owned());
+        }
+    }
+
+    /// The ids since this was last asked.
+    pub fn take_requests(&self) -> Vec<String> {
+        std::mem::take(&mut self.1.borrow_mut())
     }
 
     /// Number and time of all calls.

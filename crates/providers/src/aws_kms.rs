@@ -12,6 +12,9 @@ use std::future::Future;
 use std::rc::Rc;
 
 use aws_sdk_kms::Client;
+use aws_sdk_kms::config::http::HttpResponse;
+use aws_sdk_kms::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_kms::operation::RequestId;
 use aws_sdk_kms::primitives::Blob;
 use tokio::time::Instant;
 use vod_tender_core::context::Context;
@@ -69,6 +72,23 @@ impl AwsKms {
         call.end(result)
     }
 
+    /// What AWS KMS answered, after noting under which id it logged the request.
+    fn answer<O: RequestId, E>(
+        &self,
+        operation: &'static str,
+        sent: std::result::Result<O, SdkError<E, HttpResponse>>,
+    ) -> Result<O>
+    where
+        E: ProvideErrorMetadata + std::error::Error + 'static,
+    {
+        let id = match &sent {
+            Ok(answer) => answer.request_id(),
+            Err(error) => error.request_id(),
+        };
+        id.into_iter().for_each(|id| self.calls.note_request(&fault::clean(id)));
+        sent.map_err(|error| fault::from_sdk(operation, error))
+    }
+
     async fn generate_now(&self, context: &Context) -> Result<(Dek, WrappedDek)> {
         self.call("GenerateDataKey", self.deadline(), async {
             let request = self
@@ -78,7 +98,7 @@ impl AwsKms {
                 .key_id(self.key.id())
                 .number_of_bytes(KEY_BYTES as i32)
                 .set_encryption_context(encryption_context(context));
-            let answer = request.send().await.map_err(|error| fault::from_sdk("GenerateDataKey", error))?;
+            let answer = self.answer("GenerateDataKey", request.send().await)?;
             let dek = take_dek(answer.plaintext)?;
             Ok((dek, self.take_wrapped(answer.key_id, answer.ciphertext_blob)?))
         })
@@ -94,7 +114,7 @@ impl AwsKms {
                 .key_id(self.key.id())
                 .plaintext(Blob::new(dek.expose().as_slice()))
                 .set_encryption_context(encryption_context(context));
-            let answer = request.send().await.map_err(|error| fault::from_sdk("Encrypt", error))?;
+            let answer = self.answer("Encrypt", request.send().await)?;
             self.take_wrapped(answer.key_id, answer.ciphertext_blob)
         })
         .await
@@ -141,7 +161,7 @@ impl AwsKms {
                 .key_id(pin)
                 .ciphertext_blob(Blob::new(wrapped.bytes))
                 .set_encryption_context(encryption_context(context));
-            let answer = request.send().await.map_err(|error| fault::from_sdk("Decrypt", error))?;
+            let answer = self.answer("Decrypt", request.send().await)?;
             let dek = take_dek(answer.plaintext)?;
             let used = self.check_used(answer.key_id.as_deref())?;
             match wrapped.kek_id {
@@ -187,7 +207,7 @@ impl AwsKms {
                 .ciphertext_blob(Blob::new(wrapped.bytes))
                 .set_source_encryption_context(context.clone())
                 .set_destination_encryption_context(context);
-            let answer = request.send().await.map_err(|error| fault::from_sdk("ReEncrypt", error))?;
+            let answer = self.answer("ReEncrypt", request.send().await)?;
             match (answer.source_key_id.as_deref().and_then(KeyArn::parse), wrapped.kek_id) {
                 (Some(source), Some(recorded)) if source.is_same_key(recorded) => {}
                 (Some(_), None) => {}
@@ -230,7 +250,7 @@ impl AwsKms {
     async fn moved_from(&self, recorded: &KeyArn, deadline: Instant) -> bool {
         let described = self.call("DescribeKey", deadline, async {
             let request = self.client().await?.describe_key().key_id(self.key.id());
-            let answer = request.send().await.map_err(|error| fault::from_sdk("DescribeKey", error))?;
+            let answer = self.answer("DescribeKey", request.send().await)?;
             self.check_used(answer.key_metadata.as_ref().and_then(|key| key.arn()))
         });
         described.await.is_ok_and(|target| target.is_neighbour(recorded) && !target.is_same_key(recorded.as_str()))

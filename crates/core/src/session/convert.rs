@@ -84,7 +84,7 @@ impl Session {
         let mut opened = Zeroizing::new(Vec::new());
         // The caller decrypted nothing, so nothing is counted.
         let counters = self.stats.clone();
-        self.decrypt(&mut run.to_check(), value, reading, &mut opened)?;
+        self.decrypt(&mut run.checking(), value, reading, &mut opened)?;
         self.stats = counters;
         if *opened == plaintext { Ok(()) } else { Err(Error::Unverified(Mismatch::RoundTrip)) }
     }

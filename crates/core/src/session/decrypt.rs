@@ -142,9 +142,8 @@ impl Session {
         let out = sink.buffer(payload.ciphertext.len())?;
         keys.open(payload, out)?;
         // Only now is it known that the key is used: what looks like ciphertext may be plaintext.
-        let admitted = run
-            .admit(&self.legacy_opened, Privilege::Decrypt, LEGACY_KEY, &none)
-            .inspect_err(|_| out.zeroize())?;
+        let admitted =
+            run.admit(&self.legacy_opened, Privilege::Decrypt, LEGACY_KEY, &none).inspect_err(|_| out.zeroize())?;
         check_text(kind, out)?;
         run.gate.done(admitted);
         self.stats.values_decrypted += 1;

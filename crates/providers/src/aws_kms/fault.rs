@@ -163,7 +163,7 @@ fn service_text(code: &str, message: Option<&str>) -> String {
 }
 
 /// One line of printable text, not too long.
-fn clean(text: &str) -> String {
+pub(super) fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_MESSAGE).collect()
 }
 

@@ -129,7 +129,8 @@ fn uses_are_counted_by_caller_key_and_outcome() {
     read(&mut world, &broken).unwrap_err();
     world.enter(1, &[("main", Decrypt)]);
     read(&mut world, &values[0]).unwrap();
-    let uses: Vec<_> = world.gate.take().into_iter().map(|(used, tally)| (used.party, used.outcome, tally.values)).collect();
+    let uses: Vec<_> =
+        world.gate.take().into_iter().map(|(used, tally)| (used.party, used.outcome, tally.values)).collect();
     assert_eq!(uses, [(0, Outcome::Done, 5), (0, Outcome::Failed("39000".into()), 1), (1, Outcome::Done, 1)]);
 }
 

@@ -39,6 +39,13 @@ def add_keys(database) -> None:
         add_local_key(database, admin, "default")
 
 
+def may_use(admin, name: str) -> None:
+    """Everything with every key that is configured by now, and with the legacy keys."""
+    admin.execute("""
+        SELECT vod_tender_crypto.grant_key(k, %s::regrole, '{encrypt,decrypt,rewrap}')
+        FROM (SELECT name FROM vod_tender_crypto.kek UNION SELECT unnest(ARRAY['default', 'legacy'])) keys(k)""", [name])
+
+
 _roles = itertools.count(1)
 
 
@@ -50,6 +57,7 @@ def role(database, may_run_jobs: bool = True):
         admin.execute(f"CREATE ROLE {name} LOGIN")
         if may_run_jobs:
             admin.execute("SELECT vod_tender_crypto.grant_jobs(%s::regrole)", [name])
+            may_use(admin, name)
     try:
         yield name
     finally:

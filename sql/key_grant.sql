@@ -36,7 +36,7 @@ BEGIN ATOMIC
     WHERE e.extname = 'vod_tender_crypto' AND p.proname = ANY (CASE privilege_routine.privilege
         WHEN 'encrypt' THEN ARRAY['envelope_encrypt', 'envelope_upgrade', 'envelope_downgrade']
         WHEN 'decrypt' THEN ARRAY['envelope_decrypt', 'envelope_upgrade', 'envelope_downgrade']
-        WHEN 'rewrap' THEN ARRAY['rewrap'] END::name[]);
+        WHEN 'rewrap' THEN ARRAY['rewrap', 'envelope_upgrade', 'envelope_downgrade'] END::name[]);
 END;
 
 CREATE FUNCTION vod_tender_crypto.check_grant(key text, role regrole, privileges text[]) RETURNS void

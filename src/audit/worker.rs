@@ -44,6 +44,17 @@ pub extern "C-unwind" fn vod_tender_crypto_audit_worker(database: pg_sys::Datum)
     let directory = queue::directory(database);
     let Some(_lock) = become_the_only_one(&directory) else { return };
     BackgroundWorker::connect_worker_to_spi_by_oid(Some(database), None);
+    // A file is removed once its records are stored: they must then be on disk, whatever other transactions are content
+    // with.
+    // SAFETY: a setting of PostgreSQL's own with a value that it takes.
+    unsafe {
+        pg_sys::SetConfigOption(
+            c"synchronous_commit".as_ptr(),
+            c"on".as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_OVERRIDE,
+        );
+    }
     let mut reader = Reader::default();
     let mut idle = 0;
     while idle < IDLE_LOOKS {

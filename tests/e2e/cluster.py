@@ -17,7 +17,7 @@ from typing import Mapping, Optional
 import psycopg
 
 SUPERUSER = "postgres"
-SOCKET_SUFFIX = 5432  # no TCP: only the name of the socket file, in a directory of the cluster's own
+SOCKET_SUFFIX = 5432  # without TCP only the name of the socket file, in a directory of the cluster's own
 START_SECONDS = 60
 
 # Settings of every cluster; a test's own settings come after these and win.
@@ -86,6 +86,11 @@ class Cluster:
     def __exit__(self, *exc_info) -> None:
         self.close()
 
+    @property
+    def port(self) -> int:
+        """The port; clusters listen on TCP only where their settings say so."""
+        return int(self.settings.get("port", SOCKET_SUFFIX))
+
     # -- life cycle ---------------------------------------------------------------------------------
 
     def start(self) -> "Cluster":
@@ -123,7 +128,7 @@ class Cluster:
         # Where process 1 is slow to reap, the dead postmaster's number still answers kill(pid, 0), and
         # a server started now would take the lock files for a live one's. We know that it is dead.
         (self.data / "postmaster.pid").unlink()
-        (self.root / f".s.PGSQL.{SOCKET_SUFFIX}.lock").unlink(missing_ok=True)
+        (self.root / f".s.PGSQL.{self.port}.lock").unlink(missing_ok=True)
 
     def close(self) -> None:
         """Stop the server, by force if need be, and remove the directory. May be called twice."""
@@ -178,7 +183,7 @@ class Cluster:
     ) -> psycopg.Connection:
         """A psycopg connection over the cluster's socket."""
         return psycopg.connect(
-            host=str(self.root), port=SOCKET_SUFFIX, dbname=dbname, user=user, autocommit=autocommit, **kw
+            host=str(self.root), port=self.port, dbname=dbname, user=user, autocommit=autocommit, **kw
         )
 
     def run(self, tool: str, *args: str, input: Optional[str] = None, check: bool = True):
@@ -239,7 +244,7 @@ class Cluster:
 
     def _client_environment(self) -> "dict[str, str]":
         clean = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
-        return {**clean, "PGHOST": str(self.root), "PGPORT": str(SOCKET_SUFFIX), "LC_ALL": "C.UTF-8"}
+        return {**clean, "PGHOST": str(self.root), "PGPORT": str(self.port), "LC_ALL": "C.UTF-8"}
 
     def _as_server(self, tool: str, *args: str) -> None:
         """Run a server program as the server's user; its output appears in the error, if any."""

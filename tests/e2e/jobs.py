@@ -40,9 +40,9 @@ def add_keys(database) -> None:
 
 
 def may_use(admin, name: str) -> None:
-    """Everything with every key that is configured by now, and with the legacy keys."""
+    """What jobs take, with every key that is configured by now and with the legacy keys: no right to see a plaintext."""
     admin.execute("""
-        SELECT vod_tender_crypto.grant_key(k, %s::regrole, '{encrypt,decrypt,rewrap}')
+        SELECT vod_tender_crypto.grant_key(k, %s::regrole, '{encrypt,rewrap}')
         FROM (SELECT name FROM vod_tender_crypto.kek UNION SELECT unnest(ARRAY['default', 'legacy'])) keys(k)""", [name])
 
 

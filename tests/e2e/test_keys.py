@@ -257,12 +257,17 @@ def test_a_role_without_rights(cluster):
                     user.execute(query)
             assert one(user, "SELECT NOT is_envelope('x') AND envelope_version('x') = 0")
             for setting in ["default_key", "encryption_context", "legacy_key_file", "write_format", "plaintext_reads",
-                            "dek_max_uses", "dek_max_age", "dek_max_bytes", "dek_cache_entries"]:
+                            "dek_max_uses", "dek_max_age", "dek_max_bytes", "dek_cache_entries", "audit",
+                            "audit_required", "audit_queue_limit"]:
                 with fails(NO_RIGHT):
                     user.execute(f"SET vod_tender_crypto.{setting} = '1'")
             user.execute("SET vod_tender_crypto.kms_timeout = '1s'")
             with cluster.connect() as admin:
                 admin.execute("GRANT EXECUTE ON FUNCTION envelope_encrypt(text, text, jsonb, text) TO nobody_e2e")
+            with fails(NO_RIGHT, "permission denied to encrypt with key"):
+                one(user, "SELECT envelope_encrypt('x')")
+            with cluster.connect() as admin:
+                admin.execute("SELECT vod_tender_crypto.grant_key('default', 'nobody_e2e', '{encrypt}')")
             assert one(user, "SELECT envelope_encrypt('x')").startswith("kms:v2:")
             with fails(NO_RIGHT):
                 one(user, "SELECT envelope_decrypt('x')")

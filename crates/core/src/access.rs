@@ -211,6 +211,7 @@ struct Stamp {
     generation: u64,
     party: Party,
     function: Function,
+    privilege: Privilege,
 }
 
 /// A use that was admitted.
@@ -292,7 +293,7 @@ impl Gate {
         self.rights.allow(privilege, key)
     }
 
-    /// Lets one use of a key through, or does not. `seen` belongs to the key and the privilege.
+    /// Lets one use of a key through, or does not. `seen` belongs to the key and the context.
     #[inline]
     pub(crate) fn admit(
         &mut self,
@@ -301,7 +302,7 @@ impl Gate {
         key: &str,
         context: &Context,
     ) -> Result<Admitted> {
-        let stamp = Stamp { generation: self.generation, party: self.party, function: self.function };
+        let stamp = self.stamp(privilege);
         if let Some((seen, slot)) = seen.0.get()
             && seen == stamp
         {
@@ -313,17 +314,49 @@ impl Gate {
         Ok(admitted)
     }
 
-    /// The same for a key that remembers nothing.
-    pub(crate) fn admit_anew(&mut self, privilege: Privilege, key: &str, context: &Context) -> Result<Admitted> {
-        self.require(privilege, key)?;
-        let used = self.named(privilege, key, context, Outcome::Done);
-        let slot = match self.index.get(&used) {
-            Some(&slot) => slot,
+    /// Lets something be opened with the key `from` that is sealed under the key `to` (or not at all) before anybody sees it.
+    pub(crate) fn admit_move(&mut self, seen: &Seen, from: &str, to: &str, context: &Context) -> Result<Admitted> {
+        // Asked every time: it depends on both keys, and `seen` belongs to one.
+        self.require_move(from, to)?;
+        let stamp = self.stamp(Privilege::Rewrap);
+        let slot = match seen.0.get() {
+            Some((seen, slot)) if seen == stamp => slot,
+            _ => self.announced(self.named(Privilege::Rewrap, from, context, Outcome::Done))?,
+        };
+        seen.0.set(Some((stamp, slot)));
+        self.attempt = Some(slot);
+        Ok(Admitted(Some(slot)))
+    }
+
+    /// Refuses a move that is not granted: it takes the right to rewrap, or to decrypt. Whoever may decrypt with the target
+    /// would read by moving, and so must have the right to decrypt with the source.
+    pub(crate) fn require_move(&self, from: &str, to: &str) -> Result<()> {
+        if self.allows(Privilege::Decrypt, from) {
+            return Ok(());
+        }
+        self.require(Privilege::Rewrap, from)?;
+        if self.allows(Privilege::Decrypt, to) && from != to { self.require(Privilege::Decrypt, from) } else { Ok(()) }
+    }
+
+    fn stamp(&self, privilege: Privilege) -> Stamp {
+        Stamp { generation: self.generation, party: self.party, function: self.function, privilege }
+    }
+
+    /// Where a use is counted; announces it if it is new.
+    fn announced(&mut self, used: Use) -> Result<usize> {
+        match self.index.get(&used) {
+            Some(&slot) => Ok(slot),
             None => {
                 let announced = self.journal.announce(&used)?;
-                self.file(used, announced)
+                Ok(self.file(used, announced))
             }
-        };
+        }
+    }
+
+    /// Lets one use through of a key that remembers nothing.
+    pub(crate) fn admit_anew(&mut self, privilege: Privilege, key: &str, context: &Context) -> Result<Admitted> {
+        self.require(privilege, key)?;
+        let slot = self.announced(self.named(privilege, key, context, Outcome::Done))?;
         self.attempt = Some(slot);
         Ok(Admitted(Some(slot)))
     }

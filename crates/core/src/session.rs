@@ -63,8 +63,19 @@ pub struct Run<'a, W> {
     pub wait: &'a mut W,
     /// Lets the caller through to the keys.
     pub gate: &'a mut Gate,
-    /// Whether the session looks at what it made itself, and nobody sees anything of it.
-    checking: bool,
+    /// What becomes of the plaintext that is opened.
+    purpose: Purpose<'a>,
+}
+
+/// What becomes of a plaintext.
+#[derive(Debug, Clone, Copy)]
+enum Purpose<'a> {
+    /// The caller gets it.
+    Read,
+    /// It is sealed again under this key (or under none), and nobody sees it.
+    Move(&'a str),
+    /// It is compared with what the session sealed itself.
+    Check,
 }
 
 /// Sets the associated data of the value at hand, if there is memory.
@@ -87,18 +98,31 @@ fn resize(buffer: &mut Vec<u8>, length: usize) -> Result<()> {
 impl<'a, W> Run<'a, W> {
     /// What the caller runs an operation with.
     pub fn new(keyring: &'a Keyring, policy: Policy, wait: &'a mut W, gate: &'a mut Gate) -> Self {
-        Run { keyring, policy, wait, gate, checking: false }
+        Run { keyring, policy, wait, gate, purpose: Purpose::Read }
     }
 
     /// The same, for the session to check what it made. Ends with what is returned, however that ends.
     fn checking(&mut self) -> Run<'_, W> {
-        Run { keyring: self.keyring, policy: self.policy, wait: self.wait, gate: self.gate, checking: true }
+        self.with(Purpose::Check)
     }
 
-    /// Lets one use of a key through. Obligation: before anything is opened or sealed with it, a cached key too.
+    /// The same, for what is opened only to be sealed under the key `to`.
+    fn moving<'b>(&'b mut self, to: &'b str) -> Run<'b, W> {
+        self.with(Purpose::Move(to))
+    }
+
+    fn with<'b>(&'b mut self, purpose: Purpose<'b>) -> Run<'b, W> {
+        Run { keyring: self.keyring, policy: self.policy, wait: self.wait, gate: self.gate, purpose }
+    }
+
+    /// Lets something be opened with a key. Obligation: before anything of it is handed out, with a cached key too.
     #[inline]
-    fn admit(&mut self, seen: &Seen, privilege: Privilege, key: &str, context: &Context) -> Result<Admitted> {
-        if self.checking { Ok(Admitted::CHECK) } else { self.gate.admit(seen, privilege, key, context) }
+    fn admit_opening(&mut self, seen: &Seen, key: &str, context: &Context) -> Result<Admitted> {
+        match self.purpose {
+            Purpose::Read => self.gate.admit(seen, Privilege::Decrypt, key, context),
+            Purpose::Move(to) => self.gate.admit_move(seen, key, to, context),
+            Purpose::Check => Ok(Admitted::CHECK),
+        }
     }
 }
 

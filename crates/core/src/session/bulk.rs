@@ -57,6 +57,9 @@ pub struct BulkTask<'a> {
     pub check_wraps: bool,
 }
 
+/// In place of a key's name, for what is opened and not sealed again.
+const NOWHERE: &str = "";
+
 /// Headers of new values that were looked at, and whether the key service opened their wrapped DEK. Holds no secret.
 pub(super) struct Assured(LruCache<Box<[u8]>, bool>);
 
@@ -118,7 +121,7 @@ impl Session {
                 // An envelope says itself what it is.
                 let version = version.filter(|_| matches!(self.is_version_2(run, value), Ok(false)));
                 let reading = Reading { aad, context: None, version };
-                self.decrypt(run, value, reading, &mut plaintext).map(|_| false)
+                self.decrypt(&mut run.moving(NOWHERE), value, reading, &mut plaintext).map(|_| false)
             }
         }
     }
@@ -200,8 +203,11 @@ impl Session {
         }
         match task.operation {
             BulkOperation::Migrate => Ok(()),
-            BulkOperation::Downgrade | BulkOperation::Verify if is_header => self.opened_key(run, head).map(drop),
-            BulkOperation::Downgrade | BulkOperation::Verify => self.opened_literal(run, head).map(drop),
+            BulkOperation::Downgrade | BulkOperation::Verify => {
+                let to = if task.operation == BulkOperation::Verify { NOWHERE } else { LEGACY_KEY };
+                let run = &mut run.moving(to);
+                if is_header { self.opened_key(run, head).map(drop) } else { self.opened_literal(run, head).map(drop) }
+            }
             BulkOperation::Rewrap if is_header => match self.rewrapped_header(run, task.key, head)? {
                 Some((fresh, _)) => self.assure_header(run, task, &fresh).inspect_err(|_| self.rewraps.clear()),
                 None => Ok(()),

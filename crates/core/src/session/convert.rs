@@ -3,6 +3,7 @@
 use zeroize::Zeroizing;
 
 use crate::error::{Error, Mismatch, Result};
+use crate::keyring::LEGACY_KEY;
 use crate::provider::Wait;
 use crate::session::decrypt::{Plain, check_version, copy};
 use crate::session::{ReadAs, Reading, Run, Sealing, Session};
@@ -28,7 +29,9 @@ impl Session {
             return Err(Error::StatedPlaintext);
         }
         let mut plaintext = Zeroizing::new(Vec::new());
-        let read_as = self.read_other(run, other, version, Plain::Stated, &mut plaintext)?;
+        // Where there is none, sealing says so: what is wrong with the value itself comes first.
+        let to = run.keyring.for_encrypting(sealing.key).map_or("", |kek| &kek.name);
+        let read_as = self.read_other(&mut run.moving(to), other, version, Plain::Stated, &mut plaintext)?;
         let mut sealed = Vec::new();
         self.seal_envelope(run, &plaintext, value.kind(), sealing, &mut sealed)?;
         let reading = Reading { aad: sealing.aad, context: None, version: Some(2) };
@@ -48,9 +51,10 @@ impl Session {
     ) -> Result<ReadAs> {
         check_version(version)?;
         let mut plaintext = Zeroizing::new(Vec::new());
+        let mut moving = run.moving(LEGACY_KEY);
         let read_as = match Stored::parse(value)? {
-            Stored::Other(other) => self.read_other(run, other, version, Plain::Stated, &mut plaintext)?,
-            _ => self.decrypt(run, value, Reading { aad, context: None, version: None }, &mut plaintext)?,
+            Stored::Other(other) => self.read_other(&mut moving, other, version, Plain::Stated, &mut plaintext)?,
+            _ => self.decrypt(&mut moving, value, Reading { aad, context: None, version: None }, &mut plaintext)?,
         };
         if read_as == ReadAs::Direct {
             return copy(value.bytes(), sink).map(|()| read_as);

@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use zeroize::Zeroize;
 
-use crate::access::{Admitted, Privilege, Seen};
+use crate::access::{Admitted, Seen};
 use crate::cache::{KekIdentity, OpenedKey};
 use crate::context::Context;
 use crate::envelope::{FLAG_AAD, FLAGS_AT, Header, Payload, Wrap, bound_prefix};
@@ -13,7 +13,7 @@ use crate::keyring::{Kek, LEGACY_KEY};
 use crate::policy::PlaintextReads;
 use crate::provider::{Wait, WrappedRef};
 use crate::seal::{Derived, ExpandedKey};
-use crate::session::{Run, Session, bind};
+use crate::session::{Purpose, Run, Session, bind};
 use crate::sink::Sink;
 use crate::stored::{Kind, Stored, Value, direct_shape};
 
@@ -142,8 +142,7 @@ impl Session {
         let out = sink.buffer(payload.ciphertext.len())?;
         keys.open(payload, out)?;
         // Only now is it known that the key is used: what looks like ciphertext may be plaintext.
-        let admitted =
-            run.admit(&self.legacy_opened, Privilege::Decrypt, LEGACY_KEY, &none).inspect_err(|_| out.zeroize())?;
+        let admitted = run.admit_opening(&self.legacy_opened, LEGACY_KEY, &none).inspect_err(|_| out.zeroize())?;
         check_text(kind, out)?;
         run.gate.done(admitted);
         self.stats.values_decrypted += 1;
@@ -202,7 +201,7 @@ impl Session {
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
         if let Some(opened) = self.opened.get(header, now, &limits, &mut self.stats) {
-            match run.admit(&opened.seen, Privilege::Decrypt, &opened.kek.name, &opened.context) {
+            match run.admit_opening(&opened.seen, &opened.kek.name, &opened.context) {
                 Ok(admitted) => {
                     self.stats.cache_hits += 1;
                     return Ok((opened, admitted));
@@ -239,7 +238,7 @@ impl Session {
         // Of a key that is not configured nobody has rights: that it is not configured tells more.
         let kek = run.keyring.for_decrypting(wrap.key_name)?;
         let seen = Seen::default();
-        let admitted = run.admit(&seen, Privilege::Decrypt, &kek.name, &header.context)?;
+        let admitted = run.admit_opening(&seen, &kek.name, &header.context)?;
         let wrapped = WrappedRef { kek_id: Some(wrap.kek_id), bytes: wrap.wrapped_dek };
         let (key, kek) = unwrap_one(run, wrap.key_name, wrapped, header)?;
         let context = header.context.clone();
@@ -255,14 +254,14 @@ impl Session {
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
         if let Some(opened) = self.opened.get(blob, now, &limits, &mut self.stats) {
-            let admitted = run.admit(&opened.seen, Privilege::Decrypt, &opened.kek.name, &opened.context)?;
+            let admitted = run.admit_opening(&opened.seen, &opened.kek.name, &opened.context)?;
             self.stats.cache_hits += 1;
             return Ok((opened, admitted));
         }
         self.stats.cache_misses += 1;
         let kek = run.keyring.for_literal()?;
         let seen = Seen::default();
-        let admitted = run.admit(&seen, Privilege::Decrypt, &kek.name, &kek.context)?;
+        let admitted = run.admit_opening(&seen, &kek.name, &kek.context)?;
         let dek = run.call(kek, kek.provider.unwrap(WrappedRef { kek_id: None, bytes: blob }, &kek.context))?;
         let key = Rc::new(ExpandedKey::new(dek.expose()));
         let opened = OpenedKey { key, context: kek.context.clone(), kek: KekIdentity::of(kek), born_ms: now, seen };
@@ -283,7 +282,7 @@ fn watch_envelope<W>(run: &mut Run<'_, W>, header: &[u8], payload: &[u8]) -> Res
 
 /// Raises the alarm when a value is watched: also when it will not open, because nobody has a reason to ask for it.
 fn watch<W>(run: &mut Run<'_, W>, payload: &[u8], key: &str, context: &Context) {
-    if run.keyring.honey.has(payload) && !run.checking && run.gate.shows_plaintext() {
+    if run.keyring.honey.has(payload) && run.gate.shows_plaintext() && !matches!(run.purpose, Purpose::Check) {
         run.gate.alarm(key, context);
     }
 }

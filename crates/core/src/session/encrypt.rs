@@ -55,7 +55,7 @@ impl Session {
         sink: &mut dyn Sink,
     ) -> Result<()> {
         let keys = run.keyring.legacy_required()?;
-        let admitted = run.admit(&self.legacy_sealed, Privilege::Encrypt, LEGACY_KEY, &Context::empty())?;
+        let admitted = run.gate.admit(&self.legacy_sealed, Privilege::Encrypt, LEGACY_KEY, &Context::empty())?;
         let length = plaintext.len() + PAYLOAD_OVERHEAD;
         match kind {
             Kind::Bytes => keys.seal(&mut self.random, plaintext, sink.buffer(length)?)?,
@@ -93,7 +93,7 @@ impl Session {
             self.sealing.put(&kek.name, own_context, fresh, &limits);
         }
         let key = self.sealing.get(&kek.name, own_context, 0, now, &limits).ok_or(Error::TooLarge)?;
-        let admitted = run.admit(&key.seen, Privilege::Encrypt, &key.kek.name, &key.context)?;
+        let admitted = run.gate.admit(&key.seen, Privilege::Encrypt, &key.kek.name, &key.context)?;
         key.count(plaintext.len());
         let bound = usize::from(sealing.aad.is_some());
         bind(&mut self.associated, bound_prefix(&key.headers[bound]), sealing.aad.unwrap_or(""))?;

@@ -20,7 +20,6 @@ fn a_key_that_another_caller_cached_is_not_for_this_one() {
     assert_eq!(world.decrypt(&value, none()).unwrap(), "token");
     world.enter(1, &[("main", Encrypt), ("main", Rewrap), ("other", Decrypt)]);
     refused(world.decrypt(&value, none()), "main");
-    refused(world.downgrade(&value, None), "main");
     world.enter(2, &[("main", Decrypt)]);
     assert_eq!(world.decrypt(&value, none()).unwrap(), "token");
     refused(world.encrypt("x", Sealing::default()), "main");
@@ -60,6 +59,24 @@ fn whoever_may_only_encrypt_can_upgrade_and_not_read() {
     refused(world.downgrade(&upgraded, None), "legacy");
     world.enter(4, &[("main", Decrypt), ("legacy", Encrypt)]);
     assert!(world.downgrade(&upgraded, None).is_ok());
+}
+
+#[test]
+fn whoever_may_rewrap_moves_between_versions_unseen_unless_that_shows() {
+    let mut world = World::new().with_legacy();
+    world.policy.write_format = WriteFormat::Direct;
+    let direct = world.encrypt("token", Sealing::default()).unwrap();
+    world.policy.write_format = WriteFormat::Auto;
+    world.enter(1, &[("main", Encrypt), ("legacy", Rewrap)]);
+    let upgraded = world.upgrade(&direct, None).unwrap();
+    refused(world.decrypt(&direct, none()), "legacy");
+    refused(world.decrypt(&upgraded, none()), "main");
+    world.enter(2, &[("main", Encrypt), ("main", Decrypt), ("legacy", Rewrap)]);
+    refused(world.upgrade(&direct, None), "legacy");
+    world.enter(3, &[("main", Rewrap), ("legacy", Encrypt)]);
+    assert!(world.downgrade(&upgraded, None).is_ok());
+    world.enter(4, &[("main", Rewrap), ("legacy", Encrypt), ("legacy", Decrypt)]);
+    refused(world.downgrade(&upgraded, None), "main");
 }
 
 #[test]

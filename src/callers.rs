@@ -196,6 +196,21 @@ impl Caller {
     }
 }
 
+/// Who calls, in a sentence for an error.
+pub fn who() -> String {
+    let roles = Roles::now();
+    // SAFETY: within a transaction; gives a C string in this memory context or null.
+    let user = |role| unsafe { text(pg_sys::GetUserNameFromId(role, true)) }.unwrap_or_default();
+    match roles.outer == roles.current {
+        true => format!("The calling role is \"{}\".", user(roles.outer)),
+        false => format!(
+            "The calling role is \"{}\", in a function that runs as \"{}\"; both need the privilege.",
+            user(roles.outer),
+            user(roles.current)
+        ),
+    }
+}
+
 /// # Safety
 /// `string` is null or a C string.
 unsafe fn text(string: *const std::ffi::c_char) -> Option<String> {

@@ -9,6 +9,8 @@ use vod_tender_core::error::Mismatch;
 use vod_tender_core::provider::Fault;
 use vod_tender_core::stored::Kind;
 
+use crate::callers;
+
 /// Raises an error as PostgreSQL's ERROR. `kind` is the type of the value at hand.
 #[track_caller]
 pub fn raise(error: &Error, kind: Kind) -> ! {
@@ -78,15 +80,12 @@ fn sqlstate(error: &Error, kind: Kind) -> PgSqlErrorCode {
     }
 }
 
-const GRANTED_TO: &str =
-    "Both the calling role and the owner of a SECURITY DEFINER function that it calls need the privilege.";
-
 fn detail(error: &Error) -> Option<String> {
     match error {
         Error::Malformed(what) => Some(format!("Not well-formed: {what}.")),
         Error::Unverified(mismatch) => Some(mismatch.to_string()),
         Error::NotAudited(why) => Some(format!("The audit's queue: {why}.")),
-        Error::NotGranted { .. } => Some(GRANTED_TO.to_owned()),
+        Error::NotGranted { .. } => Some(callers::who()),
         Error::Service { source, .. } => source.trace.clone(),
         _ => None,
     }

@@ -295,13 +295,7 @@ impl Gate {
 
     /// Lets one use of a key through, or does not. `seen` belongs to the key and the context.
     #[inline]
-    pub(crate) fn admit(
-        &mut self,
-        seen: &Seen,
-        privilege: Privilege,
-        key: &str,
-        context: &Context,
-    ) -> Result<Admitted> {
+    pub fn admit(&mut self, seen: &Seen, privilege: Privilege, key: &str, context: &Context) -> Result<Admitted> {
         let stamp = self.stamp(privilege);
         if let Some((seen, slot)) = seen.0.get()
             && seen == stamp
@@ -363,7 +357,7 @@ impl Gate {
 
     /// Counts one value of a use that came to its end.
     #[inline]
-    pub(crate) fn done(&mut self, admitted: Admitted) {
+    pub fn done(&mut self, admitted: Admitted) {
         if let Admitted(Some(slot)) = admitted {
             self.uses[slot].1.values += 1;
             self.attempt = None;

@@ -7,14 +7,11 @@ use pgrx::prelude::*;
 mod vod_tender_crypto {
     use std::cell::RefCell;
     use std::collections::HashMap;
-    use std::rc::Rc;
 
     use pgrx::Array;
-    use pgrx::pg_sys::panic::ErrorReport;
     use pgrx::prelude::*;
     use vod_tender_core::Error;
     use vod_tender_core::access::Function;
-    use vod_tender_core::context::Context;
     use vod_tender_core::provider::{Fault, ProviderError, ProviderFuture, Wait};
     use vod_tender_core::session::{BulkOperation, BulkTask, Run};
     use vod_tender_core::sink::Sink;
@@ -22,7 +19,8 @@ mod vod_tender_crypto {
 
     use crate::arguments::{ContextIn, TextIn};
     use crate::backend;
-    use crate::errors::{invalid, raise, sqlstate_text, throw};
+    use crate::bulk_task::Task;
+    use crate::errors::{invalid, raise, sqlstate_text};
     use crate::results::{BytesOut, TextOut, Varlena};
     use crate::row_expression::{self, Purpose};
 
@@ -158,71 +156,6 @@ mod vod_tender_crypto {
         }
         let head = needed_head(value)?;
         REFUSED.with_borrow(|refused| refused.get(&head).cloned())
-    }
-
-    /// What a job does, as its statements say it: one argument that is the same for every value, so that it is read once.
-    /// A JSON object as the function `job_task` of `sql/job_plan.sql` makes it.
-    struct Task {
-        text: String,
-        operation: BulkOperation,
-        key: Option<String>,
-        newest_kek_id: Option<String>,
-        context: Option<Context>,
-        check_wraps: bool,
-        aad_given: bool,
-    }
-
-    thread_local! {
-        /// The tasks that were read last. They hold no secret.
-        static TASKS: RefCell<Vec<Rc<Task>>> = const { RefCell::new(Vec::new()) };
-    }
-
-    impl Task {
-        fn of(text: &TextIn<'_>) -> Rc<Task> {
-            const KEPT: usize = 8;
-            let text = text.as_str();
-            TASKS.with_borrow_mut(|tasks| {
-                if let Some(task) = tasks.iter().find(|task| task.text == text) {
-                    return Rc::clone(task);
-                }
-                let Some(task) = Task::parse(text).map(Rc::new) else {
-                    invalid("not the task of a job", "Jobs make it.")
-                };
-                if tasks.len() == KEPT {
-                    tasks.remove(0);
-                }
-                tasks.push(Rc::clone(&task));
-                task
-            })
-        }
-
-        fn parse(text: &str) -> Option<Task> {
-            let json: serde_json::Value = serde_json::from_str(text).ok()?;
-            let string = |name: &str| json.get(name).and_then(serde_json::Value::as_str).map(str::to_owned);
-            let flag = |name: &str| json.get(name).and_then(serde_json::Value::as_bool);
-            let context = match json.get("context") {
-                None | Some(serde_json::Value::Null) => None,
-                Some(context) => Some(Context::from_json(&context.to_string()).ok()?),
-            };
-            Some(Task {
-                text: text.to_owned(),
-                operation: BulkOperation::from_name(&string("operation")?)?,
-                key: string("key"),
-                newest_kek_id: string("newest_kek_id"),
-                context,
-                check_wraps: flag("check_wraps")?,
-                aad_given: flag("aad_given")?,
-            })
-        }
-
-        fn bulk(&self) -> BulkTask<'_> {
-            BulkTask {
-                operation: self.operation,
-                key: self.key.as_deref(),
-                context: self.context.as_ref(),
-                check_wraps: self.check_wraps,
-            }
-        }
     }
 
     /// Whether another value may fare better. What is wrong with the KEK that new values are made under is wrong for all.
@@ -398,39 +331,6 @@ mod vod_tender_crypto {
             BulkOperation::Verify => Ok((None, None)),
         });
         TableIterator::once(found.unwrap_or_else(|error| raise(&error, Kind::Text)))
-    }
-
-    /// Locks a relation that has rows of its own, against being renamed, rewritten or replaced until the transaction ends,
-    /// and gives its name for a statement. By OID: whoever owns it could put a view in the place of a name.
-    #[pg_extern(volatile, parallel_restricted)]
-    fn lock_relation(relation: pg_sys::Oid, for_writing: bool) -> TextOut {
-        let mode = if for_writing { pg_sys::RowExclusiveLock } else { pg_sys::AccessShareLock };
-        // SAFETY: takes the lock and looks the relation up in the catalog caches, which are up to date once it is held.
-        let name = unsafe {
-            pg_sys::LockRelationOid(relation, mode as pg_sys::LOCKMODE);
-            let kind = pg_sys::get_rel_relkind(relation) as u8;
-            if ![pg_sys::RELKIND_RELATION, pg_sys::RELKIND_MATVIEW, pg_sys::RELKIND_PARTITIONED_TABLE].contains(&kind) {
-                let code = PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE;
-                throw(ErrorReport::new(code, "the table is gone".to_owned(), "vod_tender_crypto"))
-            }
-            let schema = pg_sys::get_namespace_name(pg_sys::get_rel_namespace(relation));
-            let name = pg_sys::quote_qualified_identifier(schema, pg_sys::get_rel_name(relation));
-            std::ffi::CStr::from_ptr(name).to_bytes()
-        };
-        TextOut::in_server_encoding(name)
-    }
-
-    /// Raises inside a transaction block, where a procedure cannot commit.
-    #[pg_extern(volatile, parallel_restricted)]
-    fn check_may_commit() {
-        // SAFETY: looks at the transaction's state.
-        if unsafe { pg_sys::IsTransactionBlock() } {
-            let code = PgSqlErrorCode::ERRCODE_ACTIVE_SQL_TRANSACTION;
-            let message = "a job commits as it goes and cannot run inside a transaction block".to_owned();
-            throw(
-                ErrorReport::new(code, message, "vod_tender_crypto").set_hint("CALL it by itself, with autocommit on."),
-            )
-        }
     }
 
     /// What a stored value is under, as a label to group by: `{"version": 2, "wraps": [["KEY", "KEK ID"]]}`. NULL for

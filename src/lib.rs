@@ -8,6 +8,7 @@ mod arguments;
 mod audit;
 mod backend;
 mod bulk;
+mod bulk_task;
 mod callers;
 mod catalog;
 mod configuration;
@@ -19,6 +20,7 @@ mod row_expression;
 mod server_log;
 mod settings;
 mod signals;
+mod transactions;
 mod wait;
 
 ::pgrx::pg_module_magic!(name, version);
@@ -60,8 +62,8 @@ pgrx::extension_sql_file!(
         bulk::vod_tender_crypto::kek_id_bytea,
         bulk::vod_tender_crypto::prepare_batch,
         bulk::vod_tender_crypto::job_key,
-        bulk::vod_tender_crypto::check_may_commit,
-        bulk::vod_tender_crypto::lock_relation,
+        transactions::vod_tender_crypto::check_may_commit,
+        transactions::vod_tender_crypto::lock_relation,
         bulk::vod_tender_crypto::row_expression,
         bulk::vod_tender_crypto::stored_under_text,
         bulk::vod_tender_crypto::stored_under_bytea,

@@ -1,0 +1,45 @@
+//! What procedures that commit as they go need of PostgreSQL's transactions and locks.
+
+use pgrx::prelude::*;
+
+#[pg_schema]
+mod vod_tender_crypto {
+    use pgrx::pg_sys::panic::ErrorReport;
+    use pgrx::prelude::*;
+
+    use crate::errors::throw;
+    use crate::results::TextOut;
+
+    /// Locks a relation that has rows of its own, against being renamed, rewritten or replaced until the transaction ends,
+    /// and gives its name for a statement. By OID: whoever owns it could put a view in the place of a name.
+    #[pg_extern(volatile, parallel_restricted)]
+    fn lock_relation(relation: pg_sys::Oid, for_writing: bool) -> TextOut {
+        let mode = if for_writing { pg_sys::RowExclusiveLock } else { pg_sys::AccessShareLock };
+        // SAFETY: takes the lock and looks the relation up in the catalog caches, which are up to date once it is held.
+        let name = unsafe {
+            pg_sys::LockRelationOid(relation, mode as pg_sys::LOCKMODE);
+            let kind = pg_sys::get_rel_relkind(relation) as u8;
+            if ![pg_sys::RELKIND_RELATION, pg_sys::RELKIND_MATVIEW, pg_sys::RELKIND_PARTITIONED_TABLE].contains(&kind) {
+                let code = PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE;
+                throw(ErrorReport::new(code, "the table is gone".to_owned(), "vod_tender_crypto"))
+            }
+            let schema = pg_sys::get_namespace_name(pg_sys::get_rel_namespace(relation));
+            let name = pg_sys::quote_qualified_identifier(schema, pg_sys::get_rel_name(relation));
+            std::ffi::CStr::from_ptr(name).to_bytes()
+        };
+        TextOut::in_server_encoding(name)
+    }
+
+    /// Raises inside a transaction block, where a procedure cannot commit.
+    #[pg_extern(volatile, parallel_restricted)]
+    fn check_may_commit() {
+        // SAFETY: looks at the transaction's state.
+        if unsafe { pg_sys::IsTransactionBlock() } {
+            let code = PgSqlErrorCode::ERRCODE_ACTIVE_SQL_TRANSACTION;
+            let message = "a job commits as it goes and cannot run inside a transaction block".to_owned();
+            throw(
+                ErrorReport::new(code, message, "vod_tender_crypto").set_hint("CALL it by itself, with autocommit on."),
+            )
+        }
+    }
+}

@@ -10,6 +10,7 @@ mod bulk;
 mod catalog;
 mod configuration;
 mod data_path;
+mod doctor;
 mod errors;
 mod process;
 mod results;
@@ -68,4 +69,20 @@ pgrx::extension_sql_file!("../sql/job_run.sql", name = "job_run", requires = ["j
 pgrx::extension_sql_file!("../sql/jobs.sql", name = "jobs", requires = ["job_run"]);
 pgrx::extension_sql_file!("../sql/verify.sql", name = "verify", requires = ["jobs"]);
 pgrx::extension_sql_file!("../sql/census.sql", name = "census", requires = ["job_plan"]);
-pgrx::extension_sql_file!("../sql/grants.sql", name = "grants", requires = ["verify", "census"], finalize);
+pgrx::extension_sql_file!(
+    "../sql/doctor_settings.sql",
+    name = "doctor_settings",
+    requires = [
+        doctor::vod_tender_crypto::server_facts,
+        doctor::vod_tender_crypto::kek_problems,
+        doctor::vod_tender_crypto::legacy_file_problems
+    ]
+);
+pgrx::extension_sql_file!("../sql/doctor_objects.sql", name = "doctor_objects", requires = ["doctor_settings"]);
+pgrx::extension_sql_file!(
+    "../sql/doctor_values.sql",
+    name = "doctor_values",
+    requires = ["doctor_objects", "jobs", "census"]
+);
+pgrx::extension_sql_file!("../sql/doctor.sql", name = "doctor", requires = ["doctor_values"]);
+pgrx::extension_sql_file!("../sql/grants.sql", name = "grants", requires = ["verify", "census", "doctor"], finalize);

@@ -34,6 +34,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION vod_tender_crypto.doctor(boolean) IS
-    'What is wrong around the extension, and how to mend it: settings, rights, keys, columns and, with scan, values. No rows: all is well. Shows no value and no key.';
+    'What is wrong around the extension, and how to mend it: settings, rights, keys, columns and, with scan, values. '
+    'No rows: all is well. Shows no value and no key.';
 
 SET LOCAL search_path = @extschema@, pg_temp;

@@ -26,7 +26,8 @@ BEGIN ATOMIC
     UNION ALL
     SELECT CASE WHEN bool_and(g.privilege = 'SELECT') THEN 'warning' ELSE 'critical' END, 'public_table', g.relation::text,
            format('%s is granted to PUBLIC', string_agg(DISTINCT g.privilege, ', ')),
-           format('REVOKE ALL ON %s FROM PUBLIC: keys, registrations and jobs are for their owner and grant_jobs().', g.relation)
+           format('REVOKE ALL ON %s FROM PUBLIC: keys, registrations and jobs are for their owner and '
+           'grant_jobs().', g.relation)
     FROM (SELECT c.oid::regclass, a.privilege_type
           FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a
           WHERE c.relnamespace = 'vod_tender_crypto'::regnamespace AND a.grantee = 0
@@ -64,17 +65,19 @@ BEGIN ATOMIC
         JOIN pg_depend d ON d.refclassid = 'pg_proc'::regclass AND d.refobjid = x.function AND d.classid = 'pg_rewrite'::regclass
         JOIN pg_rewrite r ON r.oid = d.objid
         JOIN pg_class c ON c.oid = r.ev_class
-        LEFT JOIN LATERAL (SELECT vod_tender_crypto.setting_on(t.option_value) AS is_barrier FROM pg_options_to_table(c.reloptions) t
-                           WHERE t.option_name = 'security_barrier') o ON true
+        LEFT JOIN LATERAL (SELECT vod_tender_crypto.setting_on(t.option_value) AS is_barrier
+                           FROM pg_options_to_table(c.reloptions) t WHERE t.option_name = 'security_barrier') o ON true
         WHERE c.relnamespace <> 'vod_tender_crypto'::regnamespace
     )
     SELECT 'warning', 'view_without_barrier', v.oid::regclass::text, 'the view decrypts and is no security barrier',
-           format('ALTER VIEW %s SET (security_barrier = true): else a caller''s own function in WHERE can see rows that the view would hide.',
+           format('ALTER VIEW %s SET (security_barrier = true): else a caller''s own function in WHERE can see rows '
+           'that the view would hide.',
                   v.oid::regclass)
     FROM viewed v WHERE v.relkind = 'v' AND NOT v.is_barrier
     UNION ALL
     SELECT 'critical', 'plaintext_stored', v.oid::regclass::text, 'the materialized view stores what it decrypts',
-           format('DROP MATERIALIZED VIEW %s, and decrypt in a view or in the query: it is plaintext on disk and in every backup.',
+           format('DROP MATERIALIZED VIEW %s, and decrypt in a view or in the query: it is plaintext on disk and in '
+           'every backup.',
                   v.oid::regclass)
     FROM viewed v WHERE v.relkind = 'm'
     UNION ALL
@@ -92,7 +95,9 @@ END;
 CREATE FUNCTION vod_tender_crypto.login_path() RETURNS TABLE (role_name name, role oid, place bigint, schema oid)
     LANGUAGE sql VOLATILE
 BEGIN ATOMIC
-    WITH server AS (SELECT s.effective ->> 'search_path' AS path FROM vod_tender_crypto.doctor_scope() s WHERE s.scope = 'server'),
+    WITH server AS (
+        SELECT s.effective ->> 'search_path' AS path FROM vod_tender_crypto.doctor_scope() s WHERE s.scope = 'server'
+    ),
     path AS (
         SELECT r.oid, r.rolname, coalesce(
             (SELECT substr(c.pair, length('search_path=') + 1)
@@ -135,12 +140,14 @@ BEGIN ATOMIC
            format('it is not the extension''s, and its schema is on the search_path of %s',
                   array_to_string((array_agg(quote_ident(s.role_name) ORDER BY s.role_name))[1:5], ', ')
                   || CASE WHEN count(*) > 5 THEN format(' and %s more', count(*) - 5) ELSE '' END),
-           format('DROP FUNCTION %s, unless you know what it is for: called in the extension''s place, it is given plaintext.',
+           format('DROP FUNCTION %s, unless you know what it is for: called in the extension''s place, it is given '
+           'plaintext.',
                   s.oid::regprocedure)
     FROM shadow s GROUP BY s.oid
     UNION ALL
     SELECT CASE WHEN g.grantee = 0 THEN 'critical' ELSE 'warning' END, 'schema_open', format('%I', g.nspname),
-           format('%s may create functions in it, and %s', CASE WHEN g.grantee = 0 THEN 'PUBLIC' ELSE format('role %I', r.rolname) END,
+           format('%s may create functions in it, and %s',
+                  CASE WHEN g.grantee = 0 THEN 'PUBLIC' ELSE format('role %I', r.rolname) END,
                   CASE g.nspname WHEN 'vod_tender_crypto' THEN 'the extension''s are called by its name'
                                  ELSE 'it is on the search_path of other login roles' END),
            format('REVOKE CREATE ON SCHEMA %I FROM %s: a function made there can be called in the place of the extension''s.',

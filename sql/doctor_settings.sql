@@ -100,7 +100,8 @@ BEGIN ATOMIC
          'Set log_parameter_max_length_on_error to 0, its default.'),
         ('error_statement_logging', false, ARRAY['log_min_error_statement'],
          lower(s.effective ->> 'log_min_error_statement') ~ '^(debug[1-5]?|info|notice|warning)$',
-         'Set log_min_error_statement to error, its default: below that, the statement of every warning or notice is printed.'),
+         'Set log_min_error_statement to error, its default: below that, the statement of every warning or notice is '
+         'printed.'),
         ('debug_messages', false, ARRAY['log_min_messages'],
          lower(s.effective ->> 'log_min_messages') ~ CASE s.scope WHEN 'server' THEN '^debug2?$' ELSE '^debug[2-5]?$' END,
          'Set log_min_messages to warning, its default: from debug2 on, PostgreSQL prints statements as it parses them.'),
@@ -117,7 +118,8 @@ BEGIN ATOMIC
          ARRAY['auto_explain.log_min_duration', 'auto_explain.log_parameter_max_length', 'auto_explain.log_verbose'],
          vod_tender_crypto.setting_number(s.effective ->> 'auto_explain.log_min_duration') >= 0
              AND coalesce(vod_tender_crypto.setting_number(s.effective ->> 'auto_explain.sample_rate') > 0, true),
-         'Set auto_explain.log_min_duration to -1, or at least auto_explain.log_parameter_max_length to 0 and log_verbose to off.'),
+         'Set auto_explain.log_min_duration to -1, or at least auto_explain.log_parameter_max_length to 0 and '
+         'log_verbose to off.'),
         ('pgaudit', vod_tender_crypto.setting_on(s.effective ->> 'pgaudit.log_parameter'),
          ARRAY['pgaudit.log', 'pgaudit.role', 'pgaudit.log_parameter'],
          (EXISTS (SELECT FROM unnest(ARRAY['read', 'write', 'function']) c(class)
@@ -139,7 +141,8 @@ BEGIN ATOMIC
     FROM vod_tender_crypto.doctor_scope() s
     CROSS JOIN (VALUES
         ('plaintext_reads', 'vod_tender_crypto.plaintext_reads', '^(allow|warn)$',
-         'When nothing is left that is not encrypted (census()), set it to refuse: until then, whoever can write a row can pass plaintext off as a value.'),
+         'When nothing is left that is not encrypted (census()), set it to refuse: until then, whoever can write a row '
+         'can pass plaintext off as a value.'),
         ('write_format_direct', 'vod_tender_crypto.write_format', '^direct$',
          'Set it to auto or envelope, unless you are on the way back: version 1 has no aad, no context and one key for all.')
     ) r(finding, name, pattern, mend)
@@ -152,21 +155,26 @@ BEGIN ATOMIC
     WITH fact AS (SELECT vod_tender_crypto.server_facts() AS f),
     server AS (SELECT s.effective AS e FROM vod_tender_crypto.doctor_scope() s WHERE s.scope = 'server')
     SELECT 'warning', 'core_dumps', 'RLIMIT_CORE',
-           format('a backend may write core dumps of %s', coalesce(pg_size_pretty((f ->> 'core_limit')::numeric), 'any size')),
-           'Start the server with a core limit of 0 (systemd: LimitCORE=0; docker: --ulimit core=0): arguments and results are in ordinary memory.'
+           format('a backend may write core dumps of %s',
+                  coalesce(pg_size_pretty((f ->> 'core_limit')::numeric), 'any size')),
+           'Start the server with a core limit of 0 (systemd: LimitCORE=0; docker: --ulimit core=0): arguments and '
+           'results are in ordinary memory.'
     FROM fact WHERE (f ->> 'core_limit')::numeric > 0 OR f ->> 'core_limit' IS NULL
     UNION ALL
     SELECT 'warning', 'locked_memory', 'RLIMIT_MEMLOCK',
            format('a backend may lock %s; data keys need up to %s with vod_tender_crypto.dek_cache_entries = %s',
                   pg_size_pretty((f ->> 'locked_memory_limit')::numeric), pg_size_pretty((f ->> 'locked_memory_needed')::numeric),
                   current_setting('vod_tender_crypto.dek_cache_entries')),
-           'Raise the limit (systemd: LimitMEMLOCK; docker: --ulimit memlock) or lower dek_cache_entries: keys beyond it can be swapped to disk.'
+           'Raise the limit (systemd: LimitMEMLOCK; docker: --ulimit memlock) or lower dek_cache_entries: keys beyond '
+           'it can be swapped to disk.'
     FROM fact WHERE (f ->> 'locked_memory_limit')::numeric < (f ->> 'locked_memory_needed')::numeric
     UNION ALL
     SELECT CASE WHEN f -> 'secrets_in_environment' = '[]' THEN 'warning' ELSE 'critical' END, 'environment_logging',
            'log_min_messages', format('log_min_messages = %s; in the environment: %s', server.e ->> 'log_min_messages',
-               coalesce((SELECT string_agg(n, ', ') FROM jsonb_array_elements_text(f -> 'secrets_in_environment') n), 'no secret')),
-           'Set log_min_messages to warning, its default, and remove logs from since then: at debug3 and below, PostgreSQL prints its environment when it starts.'
+               coalesce((SELECT string_agg(n, ', ') FROM jsonb_array_elements_text(f -> 'secrets_in_environment') n),
+                        'no secret')),
+           'Set log_min_messages to warning, its default, and remove logs from since then: at debug3 and below, '
+           'PostgreSQL prints its environment when it starts.'
     FROM fact, server WHERE lower(server.e ->> 'log_min_messages') ~ '^debug[345]$'
     UNION ALL
     SELECT 'warning', 'unencrypted_connections', 'ssl',

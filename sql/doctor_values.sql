@@ -15,10 +15,12 @@ BEGIN ATOMIC
         WHERE k.state <> 'disabled' OR p.finding NOT IN ('key_file_missing', 'key_unusable', 'key_file_unusable')
         UNION ALL
         SELECT DISTINCT 'vod_tender_crypto.legacy_key_file', p.*
-        FROM legacy_file l CROSS JOIN LATERAL jsonb_to_recordset(vod_tender_crypto.legacy_file_problems(l.path)) p(finding text, saw text)
+        FROM legacy_file l
+        CROSS JOIN LATERAL jsonb_to_recordset(vod_tender_crypto.legacy_file_problems(l.path)) p(finding text, saw text)
         UNION ALL
         SELECT p.*
-        FROM jsonb_to_recordset(vod_tender_crypto.server_facts() -> 'environment_problems') p(subject text, finding text, saw text)
+        FROM jsonb_to_recordset(vod_tender_crypto.server_facts() -> 'environment_problems')
+            p(subject text, finding text, saw text)
     )
     SELECT 'critical', p.finding, p.subject, p.saw, m.mend
     FROM problem p
@@ -26,8 +28,10 @@ BEGIN ATOMIC
         ('key_file_missing', 'Restore the file: values under the key cannot be read without it.'),
         ('key_file_owner', 'chown it to the server''s user: it is not read otherwise, and its owner knows the key.'),
         ('key_file_exposed', 'chmod 0600, and consider the key known to whoever could read it; until then it is not read.'),
-        ('key_file_unusable', 'Put base64 of 32 bytes there (openssl rand -base64 32 makes a new key; an old one is in your backup).'),
-        ('key_directory_open', 'Let only root and the server''s user write there: whoever can may put another key in the file''s place.'),
+        ('key_file_unusable', 'Put base64 of 32 bytes there (openssl rand -base64 32 makes a new key; an old one is in '
+        'your backup).'),
+        ('key_directory_open', 'Let only root and the server''s user write there: whoever can may put another key in '
+        'the file''s place.'),
         ('key_unusable', 'Correct it; docs: README, Keys.')
     ) m(finding, mend) ON m.finding = p.finding
     UNION ALL
@@ -70,11 +74,13 @@ BEGIN
                 SELECT e.* FROM (VALUES ('aad', col.aad), ('version', col.version)) e(purpose, code) WHERE e.code IS NOT NULL
             LOOP
                 BEGIN
-                    PERFORM vod_tender_crypto.row_expression(col.relation, expression.code, expression.purpose, col.column_name, '{}');
+                    PERFORM vod_tender_crypto.row_expression(col.relation, expression.code, expression.purpose,
+                                                             col.column_name, '{}');
                 EXCEPTION WHEN OTHERS THEN
                     RETURN NEXT ROW('critical', 'expression_unusable', name,
                         format('its %s expression does not check any more (SQLSTATE %s)', expression.purpose, SQLSTATE),
-                        format('Correct %s in its row of vod_tender_crypto.protected_column so that it gives what it gave before: jobs and verify() cannot open its values.',
+                        format('Correct %s in its row of vod_tender_crypto.protected_column so that it gives what it '
+                        'gave before: jobs and verify() cannot open its values.',
                                expression.purpose))::vod_tender_crypto.doctor_finding;
                 END;
             END LOOP;
@@ -91,11 +97,11 @@ BEGIN ATOMIC
                   ' (SQLSTATE ' || p.sqlstate || ')'),
            format('vod_tender_crypto.job_error has the rows; CALL vod_tender_crypto.resume(%s) goes on.', p.job)
     FROM vod_tender_crypto.job_progress p
-    WHERE p.state IN ('failed', 'incomplete', 'interrupted') AND NOT p.dry_run
+    WHERE (p.state IN ('failed', 'incomplete', 'interrupted') OR p.rows_failed > 0) AND NOT p.dry_run
       -- Another one has done it since.
       AND NOT EXISTS (SELECT FROM vod_tender_crypto.job j WHERE j.target = p.target AND j.operation = p.operation
-                      AND j.columns @> p.columns AND j.job > p.job AND j.state = 'done' AND NOT j.dry_run
-                      AND j.where_clause IS NULL AND j.percent = 100);
+                      AND j.columns @> p.columns AND j.job > p.job AND j.state = 'done' AND j.rows_failed = 0
+                      AND NOT j.dry_run AND j.where_clause IS NULL AND j.percent = 100);
 END;
 
 CREATE FUNCTION vod_tender_crypto.doctor_clock() RETURNS SETOF vod_tender_crypto.doctor_finding
@@ -107,9 +113,11 @@ BEGIN ATOMIC
     FROM (SELECT t.what, t.at, max(t.at) OVER () AS latest
           FROM (SELECT 'vod_tender_crypto.kek.created_at', k.created_at FROM vod_tender_crypto.kek k
                 UNION ALL
-                SELECT 'vod_tender_crypto.protected_column.registered_at', p.registered_at FROM vod_tender_crypto.protected_column p
+                SELECT 'vod_tender_crypto.protected_column.registered_at', p.registered_at
+                FROM vod_tender_crypto.protected_column p
                 UNION ALL
-                SELECT 'vod_tender_crypto.job', greatest(j.started_at, j.run_started_at, j.updated_at) FROM vod_tender_crypto.job j
+                SELECT 'vod_tender_crypto.job', greatest(j.started_at, j.run_started_at, j.updated_at)
+                FROM vod_tender_crypto.job j
                 UNION ALL
                 SELECT 'vod_tender_crypto.job_error.seen_at', e.seen_at FROM vod_tender_crypto.job_error e
                 UNION ALL
@@ -144,7 +152,8 @@ BEGIN
                       FROM vod_tender_crypto.count_column(col.relation, col.column_name, col.base_type) n) n
                 WHERE col.registered OR n.has_ours);
         EXCEPTION WHEN OTHERS THEN
-            unread := unread || jsonb_build_object('column_name', format('%s.%I', col.relation, col.column_name), 'code', SQLSTATE);
+            unread := unread || jsonb_build_object('code', SQLSTATE,
+                                                   'column_name', format('%s.%I', col.relation, col.column_name));
         END;
     END LOOP;
     RETURN QUERY
@@ -163,13 +172,15 @@ BEGIN
             SELECT c.key, sum(c.value_count) AS value_count, string_agg(DISTINCT c.column_name, ', ') AS columns
             FROM count c WHERE c.is_envelope GROUP BY c.key
         )
-        SELECT 'notice', 'not_looked_at', CASE WHEN count(*) > 1 THEN format('%s columns', count(*)) ELSE min(u.column_name) END,
+        SELECT 'notice', 'not_looked_at',
+               CASE WHEN count(*) > 1 THEN format('%s columns', count(*)) ELSE min(u.column_name) END,
                format('SQLSTATE %s: %s', u.code, string_agg(u.column_name, ', ' ORDER BY u.place) FILTER (WHERE u.place <= 10)),
                'Run it as a superuser; refresh materialized views that are not populated, or drop them.'
         FROM (SELECT u.column_name, u.code, row_number() OVER (PARTITION BY u.code) AS place
               FROM jsonb_to_recordset(unread) u(column_name text, code text)) u GROUP BY u.code
         UNION ALL
-        SELECT 'critical', 'plaintext_left', c.column_name, format('%s values are not encrypted, or are of a legacy key that is not configured', c.value_count),
+        SELECT 'critical', 'plaintext_left', c.column_name,
+               format('%s values are not encrypted, or are of a legacy key that is not configured', c.value_count),
                'CALL vod_tender_crypto.migrate() on the table; configure the legacy key first if there is one.'
         FROM count c WHERE c.registered AND c.version = 0
         UNION ALL
@@ -177,29 +188,37 @@ BEGIN
                'CALL vod_tender_crypto.migrate() on the table.'
         FROM count c WHERE c.registered AND c.version = 1
         UNION ALL
-        SELECT 'critical', 'values_malformed', c.column_name, format('%s values begin as envelopes and are malformed', c.value_count),
+        SELECT 'critical', 'values_malformed', c.column_name,
+               format('%s values begin as envelopes and are malformed', c.value_count),
                'vod_tender_crypto.verify() says which rows; restore them from a backup.'
         FROM count c WHERE c.version IS NULL
         UNION ALL
-        SELECT 'critical', CASE WHEN k.name IS NULL THEN 'key_not_configured' ELSE 'key_disabled' END, format('key "%s"', n.key),
+        SELECT 'critical', CASE WHEN k.name IS NULL THEN 'key_not_configured' ELSE 'key_disabled' END,
+               format('key "%s"', n.key),
                format('%s values are under it in %s', n.value_count, n.columns),
-               CASE WHEN k.name IS NULL THEN 'Add it back under its name with vod_tender_crypto.add_key(): they cannot be read without it.'
-                    ELSE format('SELECT vod_tender_crypto.set_key_state(%L, ''decrypt_only''): they cannot be read now.', n.key) END
+               CASE WHEN k.name IS NULL
+                    THEN 'Add it back under its name with vod_tender_crypto.add_key(): they cannot be read without it.'
+                    ELSE format('SELECT vod_tender_crypto.set_key_state(%L, ''decrypt_only''): they cannot be read now.', n.key)
+               END
         FROM needed n LEFT JOIN kek k ON k.name = n.key WHERE k.name IS NULL OR k.state = 'disabled'
         UNION ALL
-        SELECT 'notice', 'key_unused', format('key "%s"', k.name), 'no value of this database is under it, and it is not the default key',
-               format('SELECT vod_tender_crypto.set_key_state(%L, ''decrypt_only''), then retire_key(); keep the key itself as long as backups need it.', k.name)
+        SELECT 'notice', 'key_unused', format('key "%s"', k.name),
+               'no value of this database is under it, and it is not the default key',
+               format('SELECT vod_tender_crypto.set_key_state(%L, ''decrypt_only''), then retire_key(); keep the key '
+               'itself as long as backups need it.', k.name)
         FROM vod_tender_crypto.kek k
         WHERE k.state <> 'disabled' AND unread = '[]' AND NOT k.name IN (SELECT n.key FROM needed n)
           AND NOT k.name IN (SELECT d.name FROM default_key d)
           AND NOT EXISTS (SELECT FROM vod_tender_crypto.protected_column p WHERE p.key = k.name)
         UNION ALL
         SELECT 'warning', 'legacy_key_unneeded', 'ENCRYPTION_KEY', 'no version 1 value is left in this database',
-               'Ask legacy_key_unused() here and in the server''s other databases, then unset it and restart; backups may still need the key.'
+               'Ask legacy_key_unused() here and in the server''s other databases, then unset it and restart; backups '
+               'may still need the key.'
         WHERE facts -> 'secrets_in_environment' ? 'ENCRYPTION_KEY' AND unread = '[]'
           -- It writes as long as there is nothing else to write with, or version 1 is asked for.
           AND EXISTS (SELECT FROM kek k WHERE k.state = 'active')
-          AND NOT EXISTS (SELECT FROM vod_tender_crypto.doctor_scope() s WHERE lower(s.own ->> 'vod_tender_crypto.write_format') = 'direct')
+          AND NOT EXISTS (SELECT FROM vod_tender_crypto.doctor_scope() s
+                          WHERE lower(s.own ->> 'vod_tender_crypto.write_format') = 'direct')
           AND NOT EXISTS (SELECT FROM count c WHERE c.version = 1);
 END
 $$;

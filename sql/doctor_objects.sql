@@ -167,8 +167,9 @@ CREATE FUNCTION vod_tender_crypto.doctor_statements() RETURNS SETOF vod_tender_c
 AS $$
 DECLARE
     -- The first argument, or one that is named as the value's.
-    literal CONSTANT text := $re$\menvelope_(encrypt|decrypt|upgrade)"?\s*\((([^()]*\m(plaintext|value)\s*(=>|:=))?)\s*$re$
-        || $re$(\m(e|n|b|x|u&))?('|\$([a-z_]\w*)?\$)$re$;
+    literal CONSTANT text := $re$\menvelope_(encrypt|decrypt|upgrade)"?\s*\(([^()]*\m(plaintext|value)\s*(=>|:=))?$re$
+        -- Behind parentheses, a cast or a type's name too.
+        || $re$(\s|\(|\mcast\s*\()*((\w+|u&)\s*)?('|\$([a-z_]\w*)?\$)$re$;
     home name := (SELECT n.nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace
                   WHERE e.extname = 'pg_stat_statements');
     kept bigint;

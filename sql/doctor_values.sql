@@ -14,7 +14,7 @@ BEGIN ATOMIC
         -- A key that was retired may be gone; a file of it that is there must still be nobody else's.
         WHERE k.state <> 'disabled' OR p.finding NOT IN ('key_file_missing', 'key_unusable', 'key_file_unusable')
         UNION ALL
-        SELECT DISTINCT 'vod_tender_crypto.legacy_key_file', p.*
+        SELECT 'vod_tender_crypto.legacy_key_file' || CASE l.scope WHEN 'server' THEN '' ELSE format(' (%s)', l.scope) END, p.*
         FROM legacy_file l
         CROSS JOIN LATERAL jsonb_to_recordset(vod_tender_crypto.legacy_file_problems(l.path)) p(finding text, saw text)
         UNION ALL

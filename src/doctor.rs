@@ -61,7 +61,8 @@ mod vod_tender_crypto {
             }
             Ok(_) => None,
         };
-        JsonB(Value::Array(file_problems(path, content)))
+        // Not by its name: a key that was set by mistake instead of a path must not be shown.
+        JsonB(Value::Array(file_problems(path, "the file", content)))
     }
 
     fn is_set(name: &str) -> bool {
@@ -98,7 +99,7 @@ mod vod_tender_crypto {
     fn uri_problems(uri: Result<KekUri, vod_tender_providers::UriError>) -> Value {
         Value::Array(match uri {
             Err(error) => vec![problem("key_unusable", format!("its URI cannot be used: {error}"))],
-            Ok(KekUri::Local(path)) => file_problems(&path, || {
+            Ok(KekUri::Local(path)) => file_problems(&path, &path.display().to_string(), || {
                 LocalKek::new(path.clone(), CallLog::default()).check().err().map(|error| error.message.to_string())
             }),
             Ok(_) => Vec::new(),
@@ -106,8 +107,7 @@ mod vod_tender_crypto {
     }
 
     /// `content` says why the file cannot be used; it is asked only when nothing about the file itself explains that.
-    fn file_problems(path: &Path, content: impl FnOnce() -> Option<String>) -> Vec<Value> {
-        let shown = path.display();
+    fn file_problems(path: &Path, shown: &str, content: impl FnOnce() -> Option<String>) -> Vec<Value> {
         let mut problems = Vec::new();
         match std::fs::metadata(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => {

@@ -298,22 +298,28 @@ def test_auto_explain_that_is_loaded(session):
     assert findings(session) == [("critical", "auto_explain", "auto_explain.log_min_duration (this session)")]
 
 
-@pytest.mark.parametrize("statement, kept", [
-    (f"DO $$ BEGIN PERFORM envelope_encrypt('{SECRET}'); END $$", True),
-    (f"CREATE TABLE copied AS SELECT envelope_encrypt(aad => 'x', plaintext => E'{SECRET}') AS v", True),
-    (f"EXPLAIN SELECT envelope_upgrade ( $x${SECRET}$x$, version => 0)", True),
-    ("EXPLAIN SELECT envelope_encrypt(token) FROM tokens", False),
-    (f"SELECT envelope_encrypt('{SECRET}')", False),
-])
-def test_literals_in_pg_stat_statements(make_cluster, extension, statement, kept):
+def test_literals_in_pg_stat_statements(make_cluster, extension):
+    """Utility statements are kept as they are, others with parameters in the place of their literals."""
     if not extension_available("pg_stat_statements"):
         cannot_run("this PostgreSQL has no pg_stat_statements")
-    settings = {"shared_preload_libraries": "pg_stat_statements"}
-    with own_set_up(make_cluster, settings) as (_, session):
+    with own_set_up(make_cluster, {"shared_preload_libraries": "pg_stat_statements"}) as (_, session):
         session.execute("CREATE SCHEMA stats; CREATE EXTENSION pg_stat_statements SCHEMA stats")
-        session.execute("SELECT stats.pg_stat_statements_reset()")
-        session.execute(statement)
-        assert findings(session) == [("critical", "statement_kept", "pg_stat_statements")] * kept
+        for number, (call, kept) in enumerate([
+            (f"public.envelope_encrypt('{SECRET}')", True),
+            (f'"envelope_encrypt" ( E\'{SECRET}\')', True),
+            (f"envelope_encrypt(aad => 'x', plaintext => $a${SECRET}$a$)", True),
+            (f"envelope_encrypt(bytea '{SECRET}', key => 'default')", True),
+            (f"envelope_upgrade(CAST ('{SECRET}' AS text), version => 0)", True),
+            (f"envelope_encrypt((('{SECRET}'))::text)", True),
+            ("envelope_encrypt(token, 'default', aad => 'x')", False),
+            ("envelope_decrypt(token, context => '{}')", False),
+        ]):
+            session.execute("SELECT stats.pg_stat_statements_reset()")
+            session.execute(f"CREATE TABLE kept_{number} AS SELECT {call} AS v FROM tokens WITH NO DATA")
+            session.execute(f"SELECT {call} AS v FROM tokens LIMIT 0")
+            assert findings(session, scan=False) == [("critical", "statement_kept", "pg_stat_statements")] * kept, call
+            if kept:
+                assert saw(session, "statement_kept").startswith("1 ")
 
 
 # -- the server process ------------------------------------------------------------------------------------------
@@ -385,10 +391,16 @@ def test_the_legacy_key_file(db, session, finding):
     with db.connect() as later:
         for scan in [False, True]:
             found = findings(later, scan)
-            assert found[0] == ("critical", finding, "vod_tender_crypto.legacy_key_file")
+            assert found[0] == ("critical", finding, f"vod_tender_crypto.legacy_key_file (database {db.name})")
             # Without the legacy key that is configured nothing can be told to be plaintext, so nothing is counted.
             assert [row[1] for row in found[1:]] in [[], ["not_looked_at"]]
         assert findings(later, scan=False) == found[:1]
+
+
+def test_a_key_in_the_place_of_a_file_name_is_not_shown(db, session):
+    session.execute(f"ALTER DATABASE {db.name} SET vod_tender_crypto.legacy_key_file = '{SECRET}'")
+    with db.connect() as later:
+        assert ("critical", "key_file_missing", f"vod_tender_crypto.legacy_key_file (database {db.name})") in findings(later)
 
 
 def test_the_file_of_a_disabled_key_may_be_gone_but_not_open(db, session):
@@ -503,6 +515,14 @@ def test_functions_in_the_way(db, session, app, shadow, path, severity):
     assert findings(session) == expected
     if severity:
         assert app in saw(session, "shadowing_function")
+
+
+def test_quoted_names_on_the_path(session, app):
+    session.execute('CREATE SCHEMA "Odd, ""one"; GRANT USAGE ON SCHEMA "Odd, ""one" TO PUBLIC')
+    session.execute(f'CREATE FUNCTION "Odd, ""one".{SAME}')
+    session.execute(f'ALTER ROLE {app} SET search_path = "Odd, ""one", public')
+    found = '"Odd, ""one".envelope_encrypt(text,text,jsonb,text)'
+    assert findings(session) == [("critical", "shadowing_function", found)]
 
 
 def test_functions_in_the_way_in_a_users_own_schema_or_ours(session, app):

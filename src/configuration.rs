@@ -67,16 +67,8 @@ fn read_legacy() -> Legacy {
                 "the legacy key file cannot be used: it must exist, belong to the server's user, and have mode 0600 or 0400",
             );
         };
-        let Ok(content) = std::str::from_utf8(&content) else { return BAD_FILE };
-        for line in content.lines().map(str::trim_end).filter(|line| !line.is_empty()) {
-            if !keys.add_base64(line) {
-                return BAD_FILE;
-            }
-        }
-        // An empty file is a mistake: taken for "no legacy key", it would let ciphertext pass for plaintext.
-        if keys.is_empty() {
-            return BAD_FILE;
-        }
+        let Some(read) = legacy_keys_in(&content) else { return BAD_FILE };
+        keys = read;
     }
     if let Some(value) = std::env::var_os("ENCRYPTION_KEY").filter(|value| !value.is_empty())
         && !value.to_str().is_some_and(|value| keys.add_base64(value.trim_end()))
@@ -84,6 +76,18 @@ fn read_legacy() -> Legacy {
         return Legacy::Broken("ENCRYPTION_KEY in the server's environment is not base64 of 32 bytes");
     }
     if keys.is_empty() { Legacy::Absent } else { Legacy::Keys(keys) }
+}
+
+/// The keys in a legacy key file's content, unless something else stands there too.
+pub fn legacy_keys_in(content: &[u8]) -> Option<LegacyKeys> {
+    let mut keys = LegacyKeys::default();
+    for line in std::str::from_utf8(content).ok()?.lines().map(str::trim_end).filter(|line| !line.is_empty()) {
+        if !keys.add_base64(line) {
+            return None;
+        }
+    }
+    // An empty file is a mistake: taken for "no legacy key", it would let ciphertext pass for plaintext.
+    (!keys.is_empty()).then_some(keys)
 }
 
 const BAD_FILE: Legacy = Legacy::Broken("the legacy key file does not hold base64 of 32 bytes on every line");

@@ -13,6 +13,7 @@ mod callers;
 mod catalog;
 mod configuration;
 mod data_path;
+mod doctor;
 mod errors;
 mod process;
 mod results;
@@ -89,8 +90,24 @@ pgrx::extension_sql_file!(
     ]
 );
 pgrx::extension_sql_file!(
+    "../sql/doctor_settings.sql",
+    name = "doctor_settings",
+    requires = [
+        doctor::vod_tender_crypto::server_facts,
+        doctor::vod_tender_crypto::kek_problems,
+        doctor::vod_tender_crypto::legacy_file_problems
+    ]
+);
+pgrx::extension_sql_file!("../sql/doctor_objects.sql", name = "doctor_objects", requires = ["doctor_settings"]);
+pgrx::extension_sql_file!(
+    "../sql/doctor_values.sql",
+    name = "doctor_values",
+    requires = ["doctor_objects", "jobs", "census"]
+);
+pgrx::extension_sql_file!("../sql/doctor.sql", name = "doctor", requires = ["doctor_values"]);
+pgrx::extension_sql_file!(
     "../sql/grants.sql",
     name = "grants",
-    requires = ["verify", "census", "key_grant", "audit", "honey"],
+    requires = ["verify", "census", "key_grant", "audit", "honey", "doctor"],
     finalize
 );

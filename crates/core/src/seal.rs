@@ -27,6 +27,11 @@ impl ExpandedKey {
         expanded
     }
 
+    /// Bytes of locked memory that `count` keys take.
+    pub const fn locked_bytes(count: usize) -> usize {
+        vod_tender_secret_memory::locked_bytes::<Aes256Gcm>(count)
+    }
+
     /// Encrypts `buffer` in place and gives the tag. Obligation: `nonce` was never used with this key before.
     pub fn seal(&self, nonce: &[u8; NONCE_BYTES], associated: &[u8], buffer: &mut [u8]) -> Result<[u8; TAG_BYTES]> {
         self.0

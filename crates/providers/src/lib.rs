@@ -9,6 +9,7 @@ pub mod broken;
 #[cfg(feature = "local")]
 pub mod local;
 pub mod secret_file;
+pub mod secret_path;
 pub mod uri;
 
 use std::cell::Cell;

@@ -41,6 +41,11 @@ impl LocalKek {
         LocalKek { path, calls }
     }
 
+    /// Reads the KEK as every use of it does, and keeps nothing: what is wrong with the file's content.
+    pub fn check(&self) -> Result<()> {
+        self.read().map(drop)
+    }
+
     fn read(&self) -> Result<Kek> {
         let file = |problem: &dyn std::fmt::Display| {
             ProviderError::new(Fault::Misconfigured, format!("KEK file \"{}\" {problem}", self.path.display()))

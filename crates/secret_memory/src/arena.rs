@@ -22,7 +22,7 @@ impl Slot {
     /// Panics when that is more than a region holds or when the system has no memory, as `Box::new` would.
     pub(crate) fn take(bytes: usize, align: usize) -> Slot {
         assert!(align <= GRAIN && bytes <= REGION, "too large for a locked slot");
-        let grains = bytes.div_ceil(GRAIN).max(1);
+        let grains = grains_of(bytes);
         let start = ARENA.with_borrow_mut(|arena| arena.take(grains));
         Slot { start, grains }
     }
@@ -39,6 +39,19 @@ impl Drop for Slot {
         // At thread exit the arena may be gone before its slots: the bytes are wiped, the address is lost.
         let _ = ARENA.try_with(|arena| arena.borrow_mut().give(self.start, self.grains));
     }
+}
+
+const fn grains_of(bytes: usize) -> usize {
+    if bytes == 0 { 1 } else { bytes.div_ceil(GRAIN) }
+}
+
+const fn slots_in_region(grains: usize) -> usize {
+    REGION / (grains * GRAIN)
+}
+
+/// Bytes that an arena maps for `count` slots of one size.
+pub(crate) const fn mapped_for(bytes: usize, count: usize) -> usize {
+    count.div_ceil(slots_in_region(grains_of(bytes))) * REGION
 }
 
 /// Regions are never unmapped: a backend's secrets come and go, and free slots are used again.
@@ -70,7 +83,7 @@ impl Arena {
     fn add_region(&mut self, grains: usize) {
         let start = map_region();
         self.regions.push(start);
-        let slots = (REGION / (grains * GRAIN)).max(1);
+        let slots = slots_in_region(grains);
         // SAFETY: every offset lies within the region just mapped.
         let addresses = (0..slots).rev().map(|n| unsafe { start.add(n * grains * GRAIN) });
         self.free[grains].extend(addresses);

@@ -76,6 +76,11 @@ impl<T> fmt::Debug for Locked<T> {
     }
 }
 
+/// Bytes of memory that `count` boxes of type `T` lock.
+pub const fn locked_bytes<T>(count: usize) -> usize {
+    arena::mapped_for(size_of::<T>(), count)
+}
+
 /// Overwrites every secret of this thread, wherever it is held.
 ///
 /// # Safety
@@ -134,6 +139,7 @@ mod tests {
         let boxes: Vec<_> = (0..5000u32).map(|n| Locked::new([n; 40])).collect();
         assert!(boxes.iter().enumerate().all(|(n, held)| held.iter().all(|&x| x == n as u32)));
         let before = arena::mapped_bytes();
+        assert_eq!(locked_bytes::<[u32; 40]>(5000), before);
         drop(boxes);
         let again: Vec<_> = (0..5000u32).map(|n| Locked::new([n; 40])).collect();
         assert_eq!(arena::mapped_bytes(), before);

@@ -25,6 +25,13 @@ def server(make_cluster, extension):
                          "restart_after_crash": "on"})
 
 
+def wait_until_ended(connection) -> None:
+    """Returns when the server has ended this session, as it does with all when one is killed."""
+    with pytest.raises(psycopg.OperationalError):
+        while True:
+            connection.execute("SELECT 1")
+
+
 def wait_until_accepting(server) -> psycopg.Connection:
     """A session after the server's recovery: a connection that is refused meanwhile is tried again."""
     while True:
@@ -70,11 +77,7 @@ def test_what_was_returned_before_a_kill_is_recorded(server, victim):
         else:
             server.kill9()
             server.start()
-    if victim != "server":
-        # The postmaster ends every session when one is killed.
-        with pytest.raises(psycopg.OperationalError):
-            while True:
-                session.execute("SELECT 1")
+        wait_until_ended(watcher)
     with wait_until_accepting(server) as after:
         found = [r for r in records(after) if r["operation"] == "decrypt"]
         # A backend that sees the server's end before its own still counts.
@@ -145,6 +148,8 @@ def test_under_kills_everything_that_was_returned_has_a_record(server):
             kill(connections[0].info.backend_pid)
         for reader in readers:
             reader.join()
+        for connection in connections:
+            wait_until_ended(connection)
         if number % 2:
             server.start()
     with wait_until_accepting(server) as after:

@@ -287,6 +287,7 @@ BEGIN
                 PERFORM vod_tender_crypto.check_target(v.target, v.columns, true);
             END IF;
             j.target := v.target;
+            j.check_wraps := false;
             j.columns := ARRAY[col.column_name];
             j.aads := ARRAY[col.new_aad];
             j.versions := ARRAY[NULL::text];

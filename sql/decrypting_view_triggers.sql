@@ -30,8 +30,8 @@ $$;
 
 -- Code about single columns, of the trigger function.
 CREATE FUNCTION vod_tender_crypto.view_column_code(
-    v vod_tender_crypto.view_plan, OUT variables text, OUT refusals text, OUT opening text, OUT sealing text, OUT following text,
-    OUT keeping text, OUT items text, OUT closing text
+    v vod_tender_crypto.view_plan, OUT variables text, OUT refusals text, OUT opening text, OUT sealing text, OUT unchanged text,
+    OUT following text, OUT keeping text, OUT items text, OUT closing text
 )
     LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
@@ -41,7 +41,8 @@ DECLARE
     has_aad boolean;
     seal text;
 BEGIN
-    variables := ''; refusals := ''; opening := ''; sealing := ''; following := ''; keeping := ''; items := ''; closing := '';
+    variables := ''; refusals := ''; opening := ''; sealing := ''; unchanged := ''; following := ''; keeping := '';
+    items := ''; closing := '';
     FOR col IN SELECT w.*, quote_ident(w.column_name) AS name FROM vod_tender_crypto.view_column(view_column_code.v) w LOOP
         IF col.generated OR col.identity = 'a' THEN
             -- In PostgreSQL's own words.
@@ -102,11 +103,13 @@ BEGIN
     changed_%1$s := pg_catalog.record_image_ne(ROW(NEW.%2$s), ROW(OLD.%2$s));
     sealed_%1$s := NEW.%2$s IS NOT NULL AND (changed_%1$s%4$s);
     IF sealed_%1$s THEN%3$s
-    ELSIF NOT changed_%1$s THEN
-        NEW.%2$s := stored_%1$s;
     END IF;$code$, col.place, col.name, seal,
             CASE WHEN has_aad THEN format(' OR pg_catalog.record_image_ne(ROW(aads[%1$s]), ROW(cur_aads[%1$s]))', col.place)
                  ELSE '' END);
+        unchanged := unchanged || format($code$
+    IF NOT changed_%1$s AND NOT sealed_%1$s THEN
+        NEW.%2$s := stored_%1$s;
+    END IF;$code$, col.place, col.name);
         keeping := keeping || format($code$
     stored_%s := NEW.%s;$code$, col.place, col.name);
         items := items || format($code$
@@ -258,7 +261,11 @@ BEGIN
     FROM vod_tender_crypto.view_key((view_write_body.v).target, (view_write_body.v).columns) k;
 
     IF (view_write_body.v).aad_name IS NOT NULL THEN
-        aads_of_new := format(E'\n    aads := %s(NEW);', (view_write_body.v).aad_name);
+        aads_of_new := format($code$
+    aads := %1$s(NEW);
+    IF TG_OP OPERATOR(pg_catalog.=) 'UPDATE' THEN
+        cur_aads := %1$s(OLD);
+    END IF;$code$, (view_write_body.v).aad_name);
         aads_of_stored := format(E'\n    cur_aads := %s(NEW);', (view_write_body.v).aad_name);
     END IF;
     IF (view_write_body.v).identity_column IS NOT NULL THEN
@@ -318,12 +325,15 @@ BEGIN
                 HINT = 'A table was renamed: call vod_tender_crypto.create_decrypting_view() again.';
         END IF;
         RETURN NULL;
-    END IF;%5$s%6$s%7$s%8$s%9$s%10$s%11$s
-    IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN%12$s%13$s
+    END IF;%5$s
+    -- A key service may be waited for here: before the row is locked.
+    IF TG_OP OPERATOR(pg_catalog.<>) 'DELETE' THEN%6$s%7$s%8$s
+    END IF;%9$s%10$s%11$s%12$s
+    IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN%13$s%14$s
     END IF;
     IF NOT is_found THEN
         RETURN NULL;
-    END IF;%14$s%15$s
+    END IF;%15$s%16$s
     RETURN NEW;
 END
 $code$,
@@ -338,7 +348,7 @@ $code$,
                               (view_write_body.v).view_name, (view_write_body.v).table_name)) ELSE '' END,
         (view_write_body.v).table_name,
         format('view %s does not show what is called %s now', (view_write_body.v).view_name, (view_write_body.v).table_name),
-        code.refusals, find_code, identity_code, aads_of_new, code.sealing, note_code, code.keeping,
+        code.refusals, identity_code, aads_of_new, code.sealing, find_code, code.unchanged, note_code, code.keeping,
         vod_tender_crypto.view_insert_code(view_write_body.v, returned, into_new),
         CASE WHEN update_code = '' THEN '' ELSE E'\n    ELSE' || update_code END, aads_of_stored, code.closing);
 END

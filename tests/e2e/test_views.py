@@ -11,7 +11,7 @@ import pytest
 from helpers import add_local_key, one
 from jobs import AAD, COLUMNS, SET_COLUMNS, aad_of, call, make_tokens, notices, plaintext, role, versions, wait_until
 from jobs import wrong_tokens
-from sqlstate import INVALID_PARAMETER, NO_RIGHT, NOT_READY, UNVERIFIED, fails
+from sqlstate import CANCELED, INVALID_PARAMETER, NO_RIGHT, NOT_READY, UNVERIFIED, fails
 
 DATA_PATH = ["envelope_encrypt(text, text, jsonb, text)", "envelope_encrypt(bytea, text, jsonb, text)",
              "envelope_decrypt(text, text, jsonb, integer)", "envelope_decrypt(bytea, text, jsonb, integer)"]
@@ -590,6 +590,19 @@ def test_an_update_beside_a_foreign_key_check_does_not_wait(database, connection
     assert rows(connection, "SELECT token FROM v") == [("two",)]
 
 
+def test_a_key_service_is_waited_for_before_the_row_is_locked(database, connection, black_hole):
+    uri = f"aws-kms://alias/x?region=eu-west-1&endpoint={black_hole.url}"
+    connection.execute("SELECT vod_tender_crypto.add_key('deaf', %s)", [uri])
+    make_table(connection, key="deaf")
+    connection.execute("INSERT INTO t VALUES (1, envelope_encrypt('one', key => 'default', aad => '1'))")
+    pid, result = in_background(database, "UPDATE v SET token = 'two'")
+    black_hole.wait_for_connection()
+    rows(connection, "SELECT FROM t FOR UPDATE NOWAIT")
+    connection.execute("SELECT pg_cancel_backend(%s)", [pid])
+    assert result() == CANCELED
+    assert rows(connection, "SELECT token FROM v") == [("one",)]
+
+
 # -- rights ------------------------------------------------------------------------------------------------------
 
 
@@ -684,36 +697,36 @@ def test_the_owner_of_a_table_makes_views_of_it(database, connection, owner):
             session.execute("SELECT vod_tender_crypto.drop_decrypting_view('v')")
 
 
+EVIL = "LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'evil'; END $$"
+EVIL_TYPES = ["pg_catalog.text", "integer", "bigint", "bytea", "record", "name", "oid", "varchar"]
+EVIL_FUNCTIONS = ["lower(pg_catalog.text)", "concat(pg_catalog.text)", "textcat(pg_catalog.text, pg_catalog.text)",
+                  "replace(pg_catalog.text, pg_catalog.text, pg_catalog.text)", "record_image_ne(record, record)",
+                  "int4ne(integer, integer)", "envelope_encrypt(pg_catalog.text, pg_catalog.text, pg_catalog.jsonb, pg_catalog.text)",
+                  "envelope_decrypt(pg_catalog.text, pg_catalog.text, pg_catalog.jsonb, integer)"]
+
+
 def test_nothing_is_looked_up_through_the_writers_path(database, connection, reader):
     make_table(connection, "id int PRIMARY KEY, channel varchar(20), token text, raw bytea", columns=["token", "raw"],
                aad="lower(channel) || '/' || id::text", set_columns={}, readers=[reader])
-    connection.execute(f"GRANT INSERT, UPDATE, DELETE ON v, t TO {reader}")
-    evil = []
-    for arguments in ["text, text", "integer, integer", "bytea, bytea", "bigint, bigint", "record, record", "name, name", "oid, oid",
-                      "varchar, varchar"]:
-        left = arguments.split(",")[0]
-        result = left if left in ("text", "integer", "bigint") else "boolean"
-        evil.append(f"CREATE FUNCTION evil.f({arguments}) RETURNS boolean LANGUAGE plpgsql AS "
-                    "$$ BEGIN RAISE EXCEPTION 'evil'; END $$")
-        evil.extend(f"CREATE OPERATOR evil.{name} (FUNCTION = evil.f, LEFTARG = {left}, RIGHTARG = {left})"
-                    for name in ["=", "<>", "<", ">", "||", "-", "+", "&", "->>"] if (name, result))
-    for function in ["lower(text)", "concat(text)", "replace(text, text, text)", "record_image_ne(record, record)",
-                     "textcat(text, text)", "int4ne(integer, integer)", "envelope_encrypt(text, text, jsonb, text)",
-                     "envelope_decrypt(text, text, jsonb, integer)"]:
-        evil.append(f"CREATE FUNCTION evil.{function} RETURNS text LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'evil'; END $$")
-    evil.append("CREATE DOMAIN evil.text AS pg_catalog.text CHECK (false)")
-    evil.append("CREATE DOMAIN evil.jsonb AS pg_catalog.jsonb CHECK (false)")
-    connection.execute("CREATE SCHEMA evil; GRANT USAGE ON SCHEMA evil TO public")
-    for statement in reversed(evil[-2:]):
-        connection.execute(statement)
-    for statement in evil[:-2]:
-        connection.execute(statement)
+    connection.execute(f"GRANT INSERT, UPDATE, DELETE ON v, t TO {reader}; CREATE SCHEMA evil; GRANT USAGE ON SCHEMA evil TO public")
+    for base in ["text", "jsonb", "int4", "record", "regclass"]:
+        connection.execute(f"CREATE DOMAIN evil.{base} AS pg_catalog.text CHECK (false)")
+    for each in EVIL_TYPES:
+        connection.execute(f"CREATE FUNCTION evil.f({each}, {each}) RETURNS boolean {EVIL}")
+        for operator in ["=", "<>", "<", ">", "||", "-", "+", "&"]:
+            connection.execute(f"CREATE OPERATOR evil.{operator} (FUNCTION = evil.f, LEFTARG = {each}, RIGHTARG = {each})")
+    for function in EVIL_FUNCTIONS:
+        connection.execute(f"CREATE FUNCTION evil.{function} RETURNS pg_catalog.text {EVIL}")
     with database.connect(user=reader) as session:
+        for path in ["evil, public, pg_catalog", "''"]:
+            session.execute(f"SET search_path = {path}")
+            assert session.execute("INSERT INTO public.v VALUES (1, 'Channel', 'one', '\\x01')").rowcount == 1
+            assert session.execute("UPDATE public.v SET token = 'two', channel = 'x'").rowcount == 1
+            assert session.execute("SELECT token FROM public.v").fetchall() == [("two",)]
+            assert session.execute("DELETE FROM public.v").rowcount == 1
         session.execute("SET search_path = evil, public, pg_catalog")
-        assert session.execute("INSERT INTO v VALUES (1, 'Channel', 'one', '\\x01')").rowcount == 1
-        assert session.execute("UPDATE v SET token = 'two', channel = 'x'").rowcount == 1
-        assert session.execute("SELECT token FROM v").fetchall() == [("two",)]
-        assert session.execute("DELETE FROM v").rowcount == 1
+        with fails("P0001", "evil"):
+            session.execute("SELECT lower(channel) FROM (VALUES ('x'::pg_catalog.text)) j(channel) WHERE channel = 'x'")
 
 
 # -- making and dropping -----------------------------------------------------------------------------------------

@@ -146,7 +146,8 @@ BEGIN
         SELECT p.proname INTO function_name FROM pg_proc p
         WHERE p.oid = vod_tender_crypto.view_function(existing)
           AND EXISTS (SELECT FROM pg_rewrite r JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
-                      WHERE r.ev_class = existing AND d.refclassid = 'pg_class'::regclass AND d.refobjid = check_view_name.target);
+                      WHERE r.ev_class = existing AND d.refclassid = 'pg_class'::regclass
+                        AND d.refobjid = check_view_name.target);
         IF NOT FOUND THEN
             RAISE EXCEPTION USING ERRCODE = 'duplicate_table',
                 MESSAGE = format('relation %s already exists', existing),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -287,7 +289,8 @@ def test_unusable_set_columns(connection, note, state):
 
 def test_defaults_are_the_tables(connection):
     connection.execute("CREATE SCHEMA app; CREATE FUNCTION app.a() RETURNS text RETURN 'from a function'")
-    make_table(connection, "id serial PRIMARY KEY, token text DEFAULT 'initial', a text DEFAULT app.a(), b int NOT NULL DEFAULT 5")
+    make_table(connection, """id serial PRIMARY KEY, token text DEFAULT 'initial', a text DEFAULT app.a(),
+                              b int NOT NULL DEFAULT 5""")
     row = (1, "initial", "from a function", 5)
     assert rows(connection, "INSERT INTO v DEFAULT VALUES RETURNING *") == [row]
     assert rows(connection, "TABLE v") == [row]
@@ -350,7 +353,8 @@ def test_a_partitioned_table(connection):
                           ALTER TABLE t_us DROP gone;
                           ALTER TABLE t ATTACH PARTITION t_us FOR VALUES IN ('us')""")
     make_view(connection, columns=["token"], aad="region || '/' || id::text")
-    connection.execute("INSERT INTO v SELECT CASE g % 2 WHEN 0 THEN 'eu' ELSE 'us' END, g, 'token' || g FROM generate_series(1, 10) g")
+    connection.execute("""INSERT INTO v SELECT CASE g % 2 WHEN 0 THEN 'eu' ELSE 'us' END, g, 'token' || g
+                          FROM generate_series(1, 10) g""")
     assert rows(connection, "UPDATE v SET region = 'us', token = 'moved' WHERE id = 2 RETURNING *") == [("us", 2, "moved")]
     assert connection.execute("UPDATE v SET region = 'eu' WHERE id = 3").rowcount == 1
     assert (one(connection, "SELECT count(*) FROM t_eu"), one(connection, "SELECT count(*) FROM t_us")) == (5, 5)
@@ -434,7 +438,7 @@ def test_keys_of_types_with_operators_of_their_own(connection):
                           CREATE COLLATION ci (provider = icu, locale = 'und-u-ks-level2', deterministic = false)""")
     make_table(connection, """a mood, b code, c numeric, d int[], e text COLLATE ci, f uuid, g char(4), token text,
                               PRIMARY KEY (a, b, c, d, e, f, g)""", aad="e || c::text")
-    connection.execute("INSERT INTO v VALUES ('good', 'x', 1.50, '{1,2}', 'E', '00000000-0000-0000-0000-000000000001', 'g', 'one')")
+    connection.execute("INSERT INTO v VALUES ('good', 'x', 1.50, '{1,2}', 'E', gen_random_uuid(), 'g', 'one')")
     assert connection.execute("UPDATE v SET token = 'two', e = 'e', c = 1.500").rowcount == 1
     assert rows(connection, "SELECT token, e FROM v") == [("two", "e")]
     assert connection.execute("DELETE FROM v").rowcount == 1
@@ -443,7 +447,8 @@ def test_keys_of_types_with_operators_of_their_own(connection):
 def test_triggers_and_foreign_keys_of_the_table(connection):
     connection.execute("""
         CREATE TABLE log (what text, path text);
-        CREATE TABLE t (id int PRIMARY KEY, token text, note text, updated int DEFAULT 0, parent int REFERENCES t ON DELETE CASCADE);
+        CREATE TABLE t (id int PRIMARY KEY, token text, note text, updated int DEFAULT 0,
+                        parent int REFERENCES t ON DELETE CASCADE);
         CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
             INSERT INTO log VALUES (TG_WHEN || ' ' || TG_OP || ' ' || TG_ARGV[0], current_setting('search_path'));
             IF TG_WHEN = 'BEFORE' AND TG_OP = 'UPDATE' THEN NEW.updated := OLD.updated + 1; END IF;
@@ -555,6 +560,18 @@ def test_under_repeatable_read(database, connection):
             connection.execute("UPDATE v SET token = 'two'")
             other.execute("UPDATE v SET note = 'x'")
     assert rows(connection, "TABLE v") == [(1, "two", None)]
+
+
+def test_a_row_that_was_locked_through_the_view_is_changed(database, connection):
+    make_table(connection)
+    connection.execute("INSERT INTO v VALUES (1, 'one')")
+    with database.connect() as other:
+        with other.transaction():
+            other.execute("UPDATE v SET note = 'first'")
+            pid, result = in_background(database, "SELECT FROM v FOR UPDATE; UPDATE v SET token = 'second'")
+            wait_until(lambda: waits(connection, pid), "for the second writer")
+        assert result() is not None
+    assert rows(connection, "TABLE v") == [(1, "second", "first")]
 
 
 def test_one_transaction_may_change_a_row_again_and_one_statement_may_not(connection):
@@ -701,14 +718,16 @@ EVIL = "LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'evil'; END $$"
 EVIL_TYPES = ["pg_catalog.text", "integer", "bigint", "bytea", "record", "name", "oid", "varchar"]
 EVIL_FUNCTIONS = ["lower(pg_catalog.text)", "concat(pg_catalog.text)", "textcat(pg_catalog.text, pg_catalog.text)",
                   "replace(pg_catalog.text, pg_catalog.text, pg_catalog.text)", "record_image_ne(record, record)",
-                  "int4ne(integer, integer)", "envelope_encrypt(pg_catalog.text, pg_catalog.text, pg_catalog.jsonb, pg_catalog.text)",
+                  "int4ne(integer, integer)",
+                  "envelope_encrypt(pg_catalog.text, pg_catalog.text, pg_catalog.jsonb, pg_catalog.text)",
                   "envelope_decrypt(pg_catalog.text, pg_catalog.text, pg_catalog.jsonb, integer)"]
 
 
 def test_nothing_is_looked_up_through_the_writers_path(database, connection, reader):
     make_table(connection, "id int PRIMARY KEY, channel varchar(20), token text, raw bytea", columns=["token", "raw"],
                aad="lower(channel) || '/' || id::text", set_columns={}, readers=[reader])
-    connection.execute(f"GRANT INSERT, UPDATE, DELETE ON v, t TO {reader}; CREATE SCHEMA evil; GRANT USAGE ON SCHEMA evil TO public")
+    connection.execute(f"""GRANT INSERT, UPDATE, DELETE ON v, t TO {reader};
+                           CREATE SCHEMA evil; GRANT USAGE ON SCHEMA evil TO public""")
     for base in ["text", "jsonb", "int4", "record", "regclass"]:
         connection.execute(f"CREATE DOMAIN evil.{base} AS pg_catalog.text CHECK (false)")
     for each in EVIL_TYPES:
@@ -775,11 +794,12 @@ def test_registration(connection):
     ({"columns": ["token", "token"]}, INVALID_PARAMETER), ({"columns": ["token"], "aad": "token"}, "42P17"),
     ({"columns": ["token"], "aad": "gen"}, "42P17"), ({"columns": ["token"], "aad": "now()::text"}, "42P17"),
     ({"columns": ["token"], "aad": "(SELECT 'x')"}, "0A000"), ({"columns": ["token"], "readers": [None]}, "22004"),
-    ({"columns": ["token"], "context": ["x"]}, INVALID_PARAMETER), ({"columns": ["token"], "context": {"x": 1}}, INVALID_PARAMETER),
+    ({"columns": ["token"], "context": ["x"]}, INVALID_PARAMETER),
+    ({"columns": ["token"], "context": {"x": 1}}, INVALID_PARAMETER),
 ])
 def test_what_is_refused(connection, arguments, state):
     connection.execute("""CREATE TABLE t (id int, name text PRIMARY KEY, token text,
-                                          gen text GENERATED ALWAYS AS ('g' || id::text) STORED)""".replace("'g' || id::text", "'g'"))
+                                          gen text GENERATED ALWAYS AS ('g' || name) STORED)""")
     given = {name: json.dumps(value) if name == "context" else value for name, value in arguments.items()}
     with fails(state):
         make_view(connection, **given)
@@ -816,7 +836,7 @@ def test_dropping(connection):
         connection.execute("SELECT vod_tender_crypto.drop_decrypting_view('v')")
     assert rows(connection, "INSERT INTO v VALUES (1, 'one') RETURNING token") == [("one",)]
     connection.execute("DROP VIEW above; SELECT vod_tender_crypto.drop_decrypting_view('v')")
-    assert one(connection, "SELECT count(*) FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND proname LIKE 'v\\_%%'") == 0
+    assert one(connection, "SELECT count(*) FROM pg_proc WHERE proname IN ('v_write', 'v_aad')") == 0
     assert one(connection, "SELECT count(*) FROM vod_tender_crypto.protected_column") == 1
     make_view(connection)
     assert rows(connection, "SELECT token FROM v") == [("one",)]
@@ -850,13 +870,15 @@ def test_a_view_that_was_renamed_works_and_is_dropped(connection):
     connection.execute("UPDATE w SET token = 'two'")
     assert rows(connection, "TABLE w") == [(1, "two", None)]
     connection.execute("SELECT vod_tender_crypto.drop_decrypting_view('w')")
-    assert one(connection, "SELECT count(*) FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND proname LIKE 'v\\_%%'") == 0
+    assert one(connection, "SELECT count(*) FROM pg_proc WHERE proname IN ('v_write', 'v_aad')") == 0
 
 
 def test_dump_and_restore(database, connection, reader):
     connection.execute("CREATE SCHEMA app")
-    connection.execute("CREATE TABLE app.t (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, token text, note text DEFAULT 'none')")
-    make_view(connection, "app.t", columns=["token"], aad="id::text || '{column}'", set_columns={"note": "{version}"}, readers=[reader])
+    connection.execute("""CREATE TABLE app.t (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, token text,
+                                              note text DEFAULT 'none')""")
+    make_view(connection, "app.t", columns=["token"], aad="id::text || '{column}'", set_columns={"note": "{version}"},
+              readers=[reader])
     connection.execute("INSERT INTO app.v (token) VALUES ('one'), ('two')")
     stored_rows = rows(connection, "TABLE app.t")
     restored = database.name + "_restored"
@@ -890,3 +912,16 @@ def test_jobs_and_the_view_go_together(tokens):
                        "(SELECT refresh_token FROM v WHERE channel = 'channel7/new') FROM oauth_tokens"
                        " WHERE channel = 'channel7/new'")
     assert rows(tokens, "SELECT * FROM vod_tender_crypto.verify('oauth_tokens')") == []
+
+
+def test_the_examples_of_the_page(connection, reader):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "VIEWS.md").read_text()
+    examples = re.findall(r"^```sql\n(.*?)^```", page, re.M | re.S)
+    make_tokens(connection, 0)
+    connection.execute("ALTER TABLE oauth_tokens ALTER encryption_version SET DEFAULT 0")
+    for example in examples[:2]:
+        connection.execute(example)
+    assert rows(connection, "SELECT channel, access_token FROM tokens") == [("chan2", "token")]
+    for example in examples[1:]:
+        connection.execute(example.replace("app_writer", reader))
+    assert len(examples) == 4 and one(connection, "SELECT to_regclass('tokens') IS NULL")

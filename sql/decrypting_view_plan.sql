@@ -251,8 +251,9 @@ BEGIN
                  WHERE e.extname = 'vod_tender_crypto');
     PERFORM vod_tender_crypto.check_view_set_columns(v);
 
-    -- What identifies a value must stay as it is when the view writes another.
-    changed := v.columns::text[] || ARRAY(SELECT jsonb_object_keys(v.set_columns));
+    -- What identifies a value must stay as it is when the view or a job writes another.
+    changed := v.columns::text[] || ARRAY(SELECT jsonb_object_keys(v.set_columns))
+        || ARRAY(SELECT r.column_name::text FROM vod_tender_crypto.registered(v.target, NULL) r);
     v.aads := ARRAY(SELECT vod_tender_crypto.checked_expression(v.target, a.aad, 'aad', a.column_name, changed)
                     FROM unnest(v.columns, aads) WITH ORDINALITY a(column_name, aad, place) ORDER BY a.place);
     IF EXISTS (SELECT FROM unnest(v.aads) a WHERE a IS NOT NULL) THEN

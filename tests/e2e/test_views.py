@@ -501,9 +501,9 @@ def test_a_trigger_that_skips_or_replaces_what_is_written(connection):
 # -- writers beside each other -----------------------------------------------------------------------------------
 
 
-def in_background(database, statement: str):
+def in_background(database, statement: str, user: str = "postgres"):
     """Begins a statement in another session; gives the session's process id and a function that gives its outcome."""
-    session = database.connect()
+    session = database.connect(user=user)
     outcome = []
 
     def run() -> None:
@@ -533,6 +533,7 @@ def waits(connection, pid: int) -> bool:
     ("UPDATE v SET token = 'first'", "DELETE FROM v", CHANGED_MEANWHILE),
     ("DELETE FROM v", "UPDATE v SET token = 'second'", CHANGED_MEANWHILE),
     ("UPDATE v SET id = 2", "UPDATE v SET token = 'second'", CHANGED_MEANWHILE),
+    ("DELETE FROM v; INSERT INTO v VALUES (1, 'again')", "UPDATE v SET token = 'second'", CHANGED_MEANWHILE),
     ("DELETE FROM v", "DELETE FROM v", 0),
     ("UPDATE t SET token = token", "UPDATE v SET token = 'second'", 1),
 ])
@@ -691,6 +692,19 @@ def test_row_level_security_of_the_table_is_the_readers(database, connection, re
     assert rows(connection, "SELECT id, token FROM v ORDER BY id") == [(1, "new"), (2, "secret of another"), (3, "seen")]
 
 
+def test_an_update_is_not_lost_under_row_level_security(database, connection, reader):
+    make_table(connection, readers=[reader])
+    connection.execute(f"""INSERT INTO v VALUES (1, 'one'); GRANT UPDATE ON v, t TO {reader};
+                           ALTER TABLE t ENABLE ROW LEVEL SECURITY; CREATE POLICY p ON t USING (true)""")
+    with database.connect() as other:
+        with other.transaction():
+            other.execute("DELETE FROM v; INSERT INTO v VALUES (1, 'again')")
+            pid, result = in_background(database, "UPDATE v SET token = 'second'", reader)
+            wait_until(lambda: waits(connection, pid), "for the second writer")
+        assert result() == CHANGED_MEANWHILE
+    assert rows(connection, "TABLE v") == [(1, "again", None)]
+
+
 def test_the_owner_of_a_table_makes_views_of_it(database, connection, owner):
     connection.execute(f"CREATE SCHEMA hers AUTHORIZATION {owner}")
     with database.connect(user=owner) as session:
@@ -786,6 +800,9 @@ def test_registration(connection):
     assert rows(connection, "SELECT token, other FROM v WHERE id = 2")[0][0] == "two"
     with fails("42704"):
         make_view(connection, view="w", key="nope")
+    connection.execute("ALTER TABLE t ADD third text")
+    with fails("42P17", '"other" may change'):
+        make_view(connection, view="w", columns=["third"], aad="other")
 
 
 @pytest.mark.parametrize("arguments, state", [

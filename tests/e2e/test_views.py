@@ -444,6 +444,17 @@ def test_keys_of_types_with_operators_of_their_own(connection):
     assert connection.execute("DELETE FROM v").rowcount == 1
 
 
+def test_rows_are_told_apart_as_the_index_does(connection):
+    connection.execute("""CREATE COLLATION ci (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
+                          CREATE TABLE t (name text COLLATE ci NOT NULL, token text);
+                          CREATE UNIQUE INDEX ON t (name COLLATE "C")""")
+    make_view(connection, columns=["token"], aad="name")
+    connection.execute("INSERT INTO v VALUES ('a', 'one'), ('A', 'two')")
+    assert rows(connection, """UPDATE v SET token = token || '!' WHERE name COLLATE "C" = 'A' RETURNING *""") == [("A", "two!")]
+    assert rows(connection, """DELETE FROM v WHERE name COLLATE "C" = 'a' RETURNING *""") == [("a", "one")]
+    assert rows(connection, "TABLE v") == [("A", "two!")]
+
+
 def test_triggers_and_foreign_keys_of_the_table(connection):
     connection.execute("""
         CREATE TABLE log (what text, path text);
@@ -768,8 +779,9 @@ def test_nothing_is_looked_up_through_the_writers_path(database, connection, rea
 def test_made_again_it_is_the_same_view(connection, reader):
     make_table(connection, readers=[reader])
     connection.execute(f"GRANT UPDATE ON v TO {reader}")
-    state = "SELECT oid, relacl::text FROM pg_class WHERE oid = 'v'::regclass"
+    state = "SELECT oid, relacl::text, reloptions FROM pg_class WHERE oid = 'v'::regclass"
     before = rows(connection, state)
+    assert set(before[0][2]) == {"security_barrier=true", "security_invoker=true"}
     make_view(connection)
     make_view(connection, columns=["token"], aad="(id)::text")
     assert rows(connection, state) == before

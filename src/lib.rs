@@ -79,4 +79,9 @@ pgrx::extension_sql_file!(
 );
 pgrx::extension_sql_file!("../sql/verify.sql", name = "verify", requires = ["jobs"]);
 pgrx::extension_sql_file!("../sql/census.sql", name = "census", requires = ["job_plan"]);
-pgrx::extension_sql_file!("../sql/grants.sql", name = "grants", requires = ["verify", "census", "decrypting_view"], finalize);
+pgrx::extension_sql_file!(
+    "../sql/grants.sql",
+    name = "grants",
+    requires = ["verify", "census", "decrypting_view"],
+    finalize
+);

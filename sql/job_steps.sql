@@ -105,7 +105,11 @@ END;
 CREATE FUNCTION vod_tender_crypto.job_note_key(j vod_tender_crypto.job) RETURNS void
     LANGUAGE sql VOLATILE
 BEGIN ATOMIC
-    UPDATE vod_tender_crypto.protected_column p SET key = (job_note_key.j).key
+    -- A column that follows the default key goes on following it.
+    UPDATE vod_tender_crypto.protected_column p
+    SET key = CASE WHEN p.key IS NOT NULL
+                     OR (job_note_key.j).key IS DISTINCT FROM current_setting('vod_tender_crypto.default_key', true)
+                   THEN (job_note_key.j).key END
     FROM pg_class c JOIN pg_namespace s ON s.oid = c.relnamespace
     WHERE c.oid = (job_note_key.j).target AND p.schema_name = s.nspname AND p.table_name = c.relname
       AND p.column_name = ANY ((job_note_key.j).columns);

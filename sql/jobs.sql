@@ -86,6 +86,8 @@ DECLARE
     plan vod_tender_crypto.job_plan;
     wrong record;
     registered_key text;
+    named_key text;
+    registering vod_tender_crypto.job;
     registered_context jsonb;
     noted_versions text[];
 BEGIN
@@ -135,6 +137,7 @@ BEGIN
     ELSE
         j.key := create_job.key;
     END IF;
+    named_key := j.key;
     SELECT k.key_name, k.newest_kek_id INTO j.key, j.newest_kek_id
     FROM vod_tender_crypto.job_key(create_job.operation, j.key, j.context) k;
     j.set_columns := coalesce(create_job.set_columns, '{}');
@@ -185,7 +188,10 @@ BEGIN
             j.columns::text[] || ARRAY(SELECT jsonb_object_keys(j.set_columns)));
     END LOOP;
     IF j.operation = 'migrate' AND NOT j.dry_run THEN
-        PERFORM vod_tender_crypto.register_columns(j);
+        -- Where no key was named, none is registered: the default key stays the one that default_key says.
+        registering := j;
+        registering.key := named_key;
+        PERFORM vod_tender_crypto.register_columns(registering);
     END IF;
     INSERT INTO vod_tender_crypto.job (operation, target, columns, key, newest_kek_id, context, aads, versions, set_columns,
         where_clause, batch_size, max_rows_per_second, percent, max_errors, triggers, check_wraps, dry_run)
@@ -295,12 +301,16 @@ BEGIN ATOMIC
     SELECT p.oid::regprocedure FROM pg_proc p
     WHERE p.pronamespace = 'vod_tender_crypto'::regnamespace AND p.proname = ANY (ARRAY[
         'migrate', 'rewrap_table', 'downgrade', 'resume', 'stop', 'verify', 'census', 'owns', 'storing_relations',
-        'check_target', 'registered', 'register_columns', 'create_job', 'run_job', 'primary_key', 'key_expression', 'stored_expression',
+        'check_target', 'check_columns', 'registered', 'register_columns', 'create_job', 'run_job', 'primary_key', 'key_expression', 'stored_expression',
         'checked_expression', 'row_expression', 'bookkeeping', 'job_task', 'due_expression', 'plan_job', 'check_may_commit',
         'job_key', 'job_lock_class', 'job_holder', 'job_lock', 'job_unlock', 'job_goes_on', 'job_take', 'job_note', 'job_fail',
         'job_note_key', 'job_count_due', 'job_begin_run', 'job_look', 'job_prepare', 'prepare_batch', 'concerns_one_row',
         'job_count_failed', 'job_note_error', 'lock_relation', 'has_before_trigger', 'job_update', 'job_write', 'block_of', 'job_end_pass', 'job_state', 'is_due',
-        'needed_head', 'convert_value', 'conversion_error', 'kek_id', 'stored_under', 'census_column', 'count_column']::name[]);
+        'needed_head', 'convert_value', 'conversion_error', 'kek_id', 'stored_under', 'census_column', 'count_column',
+        'is_view_function', 'view_function', 'view_function_name', 'check_view_name', 'aad_uses', 'check_view_set_columns',
+        'plan_view', 'create_decrypting_view', 'drop_decrypting_view', 'view_key', 'view_column', 'open_expression',
+        'seal_expression', 'view_query', 'view_note', 'view_column_code', 'view_find_code', 'view_insert_code',
+        'view_write_body']::name[]);
 END;
 
 -- Lets a role run jobs on the tables that it owns. It configures no keys and decrypts nothing by this.

@@ -44,29 +44,68 @@ BEGIN ATOMIC
 END;
 COMMENT ON FUNCTION vod_tender_crypto.storing_relations(regclass) IS 'The table, its partitions and its heirs: what has rows of its own.';
 
+-- Raises for what is no table with rows of its own, and for columns that cannot hold protected values.
+CREATE FUNCTION vod_tender_crypto.check_columns(target regclass, columns name[], writes boolean) RETURNS void
+    LANGUAGE plpgsql STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    kind "char" := (SELECT c.relkind FROM pg_class c WHERE c.oid = check_columns.target);
+    column_name name;
+    attribute record;
+BEGIN
+    IF kind IS NULL OR kind NOT IN ('r', 'p') THEN
+        RAISE EXCEPTION USING ERRCODE = 'wrong_object_type',
+            MESSAGE = format('%s is not a table', coalesce(check_columns.target::text, 'NULL')),
+            DETAIL = CASE coalesce(kind, '-') WHEN 'f' THEN 'It is a foreign table: its rows are stored elsewhere.'
+                               WHEN 'v' THEN 'It is a view.' WHEN 'm' THEN 'It is a materialized view.' ELSE '' END,
+            HINT = CASE kind WHEN 'f' THEN 'Run the job on the server that stores the table.' ELSE '' END;
+    END IF;
+    IF coalesce(cardinality(check_columns.columns), 0) = 0 OR array_position(check_columns.columns, NULL) IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('no columns of %s are given or registered', check_columns.target),
+            HINT = 'Pass columns => ARRAY[...]. Registered columns are in vod_tender_crypto.protected_column.';
+    END IF;
+    FOREACH column_name IN ARRAY check_columns.columns LOOP
+        SELECT a.atttypid::regtype AS type, a.attgenerated <> '' AS generated,
+               -- Of a partition or an heir too: its rows are named by it.
+               EXISTS (SELECT FROM vod_tender_crypto.storing_relations(check_columns.target) p(relation)
+                       JOIN pg_index i ON i.indrelid IN (p.relation, a.attrelid) AND i.indisprimary
+                       JOIN pg_attribute k ON k.attrelid = i.indrelid AND k.attnum = ANY (i.indkey)
+                       WHERE k.attname = a.attname) AS in_key
+        INTO attribute
+        FROM pg_attribute a
+        WHERE a.attrelid = check_columns.target AND a.attname = column_name AND a.attnum > 0 AND NOT a.attisdropped;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION USING ERRCODE = 'undefined_column',
+                MESSAGE = format('column %I of %s does not exist', column_name, check_columns.target);
+        END IF;
+        IF attribute.type NOT IN ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype) THEN
+            RAISE EXCEPTION USING ERRCODE = 'datatype_mismatch',
+                MESSAGE = format('column %I of %s is of type %s', column_name, check_columns.target, attribute.type),
+                HINT = 'Protected columns are of type text, varchar or bytea.';
+        END IF;
+        IF check_columns.writes AND (attribute.generated OR attribute.in_key) THEN
+            RAISE EXCEPTION USING ERRCODE = 'feature_not_supported',
+                MESSAGE = format('column %I of %s cannot be rewritten', column_name, check_columns.target),
+                DETAIL = CASE WHEN attribute.generated THEN 'It is a generated column.'
+                              ELSE 'It is part of the primary key.' END;
+        END IF;
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION vod_tender_crypto.check_columns(regclass, name[], boolean) IS 'Raises for columns that cannot hold protected values.';
+
 -- Raises for a table that a job or verify() cannot handle.
 CREATE FUNCTION vod_tender_crypto.check_target(target regclass, columns name[], writes boolean) RETURNS void
     LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    kind "char" := (SELECT c.relkind FROM pg_class c WHERE c.oid = check_target.target);
     relation regclass;
-    column_name name;
     attribute record;
 BEGIN
-    IF kind IS NULL OR kind NOT IN ('r', 'p') THEN
-        RAISE EXCEPTION USING ERRCODE = 'wrong_object_type',
-            MESSAGE = format('%s is not a table', coalesce(check_target.target::text, 'NULL')),
-            DETAIL = CASE coalesce(kind, '-') WHEN 'f' THEN 'It is a foreign table: its rows are stored elsewhere.'
-                               WHEN 'v' THEN 'It is a view.' WHEN 'm' THEN 'It is a materialized view.' ELSE '' END,
-            HINT = CASE kind WHEN 'f' THEN 'Run the job on the server that stores the table.' ELSE '' END;
-    END IF;
-    IF coalesce(cardinality(check_target.columns), 0) = 0 OR array_position(check_target.columns, NULL) IS NOT NULL THEN
-        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
-            MESSAGE = format('no columns of %s are given or registered', check_target.target),
-            HINT = 'Pass columns => ARRAY[...]. Registered columns are in vod_tender_crypto.protected_column.';
-    END IF;
+    PERFORM vod_tender_crypto.check_columns(check_target.target, check_target.columns, check_target.writes);
     FOREACH relation IN ARRAY ARRAY(SELECT vod_tender_crypto.storing_relations(check_target.target)) LOOP
         SELECT c.relkind, row_security_active(c.oid) AS secured INTO attribute
         FROM pg_class c WHERE c.oid = relation;
@@ -89,32 +128,6 @@ BEGIN
         IF check_target.writes AND NOT vod_tender_crypto.owns(relation) THEN
             RAISE EXCEPTION USING ERRCODE = 'insufficient_privilege',
                 MESSAGE = format('must be owner of table %s', relation);
-        END IF;
-    END LOOP;
-    FOREACH column_name IN ARRAY check_target.columns LOOP
-        SELECT a.atttypid::regtype AS type, a.attgenerated <> '' AS generated,
-               -- Of a partition or an heir too: its rows are named by it.
-               EXISTS (SELECT FROM vod_tender_crypto.storing_relations(check_target.target) p(relation)
-                       JOIN pg_index i ON i.indrelid IN (p.relation, a.attrelid) AND i.indisprimary
-                       JOIN pg_attribute k ON k.attrelid = i.indrelid AND k.attnum = ANY (i.indkey)
-                       WHERE k.attname = a.attname) AS in_key
-        INTO attribute
-        FROM pg_attribute a
-        WHERE a.attrelid = check_target.target AND a.attname = column_name AND a.attnum > 0 AND NOT a.attisdropped;
-        IF NOT FOUND THEN
-            RAISE EXCEPTION USING ERRCODE = 'undefined_column',
-                MESSAGE = format('column %I of %s does not exist', column_name, check_target.target);
-        END IF;
-        IF attribute.type NOT IN ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype) THEN
-            RAISE EXCEPTION USING ERRCODE = 'datatype_mismatch',
-                MESSAGE = format('column %I of %s is of type %s', column_name, check_target.target, attribute.type),
-                HINT = 'Protected columns are of type text, varchar or bytea.';
-        END IF;
-        IF check_target.writes AND (attribute.generated OR attribute.in_key) THEN
-            RAISE EXCEPTION USING ERRCODE = 'feature_not_supported',
-                MESSAGE = format('column %I of %s cannot be rewritten', column_name, check_target.target),
-                DETAIL = CASE WHEN attribute.generated THEN 'It is a generated column.'
-                              ELSE 'It is part of the primary key.' END;
         END IF;
     END LOOP;
 END

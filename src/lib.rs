@@ -73,6 +73,17 @@ pgrx::extension_sql_file!(
 pgrx::extension_sql_file!("../sql/job_steps.sql", name = "job_steps", requires = ["job_plan"]);
 pgrx::extension_sql_file!("../sql/job_run.sql", name = "job_run", requires = ["job_steps"]);
 pgrx::extension_sql_file!("../sql/jobs.sql", name = "jobs", requires = ["job_run"]);
+pgrx::extension_sql_file!("../sql/decrypting_view_plan.sql", name = "decrypting_view_plan", requires = ["jobs"]);
+pgrx::extension_sql_file!(
+    "../sql/decrypting_view_triggers.sql",
+    name = "decrypting_view_triggers",
+    requires = ["decrypting_view_plan"]
+);
+pgrx::extension_sql_file!(
+    "../sql/decrypting_view.sql",
+    name = "decrypting_view",
+    requires = ["decrypting_view_triggers"]
+);
 pgrx::extension_sql_file!("../sql/verify.sql", name = "verify", requires = ["jobs"]);
 pgrx::extension_sql_file!("../sql/census.sql", name = "census", requires = ["job_plan"]);
 pgrx::extension_sql_file!(
@@ -108,6 +119,6 @@ pgrx::extension_sql_file!("../sql/doctor.sql", name = "doctor", requires = ["doc
 pgrx::extension_sql_file!(
     "../sql/grants.sql",
     name = "grants",
-    requires = ["verify", "census", "key_grant", "audit", "honey", "doctor"],
+    requires = ["verify", "census", "key_grant", "audit", "honey", "doctor", "decrypting_view"],
     finalize
 );

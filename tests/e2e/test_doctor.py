@@ -69,8 +69,7 @@ def set_up(database, role: str) -> None:
         path = database.server_file("default.b64", new_key() + "\n")
         admin.execute("SELECT vod_tender_crypto.add_key('default', %s)", [f"local://{path}"])
         admin.execute(f"""
-            GRANT EXECUTE ON FUNCTION envelope_encrypt(text, text, jsonb, text),
-                envelope_decrypt(text, text, jsonb, integer) TO {role};
+            SELECT vod_tender_crypto.grant_key('default', '{role}', ARRAY['encrypt', 'decrypt']);
             CREATE TABLE tokens (id text PRIMARY KEY, token text);
             GRANT SELECT, INSERT ON tokens TO {role};
             INSERT INTO tokens VALUES (1, '{SECRET}'), (2, 'b')""")

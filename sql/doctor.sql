@@ -16,7 +16,7 @@ BEGIN
             'Run it as a superuser: others do not see all settings, keys and values.')::vod_tender_crypto.doctor_finding;
     END IF;
     FOREACH part IN ARRAY ARRAY['doctor_logging', 'doctor_own_settings', 'doctor_process', 'doctor_statements', 'doctor_keys',
-                                'doctor_rights', 'doctor_decrypting', 'doctor_shadows', 'doctor_columns', 'doctor_jobs',
+                                'doctor_rights', 'doctor_access', 'doctor_decrypting', 'doctor_shadows', 'doctor_columns', 'doctor_jobs',
                                 'doctor_clock'] || CASE WHEN doctor.scan THEN ARRAY['doctor_values'] ELSE '{}' END
     LOOP
         BEGIN

@@ -38,6 +38,26 @@ BEGIN ATOMIC
     GROUP BY g.relation;
 END;
 
+-- Rights on keys that nobody has any more, and records of the audit that do not get into the table.
+CREATE FUNCTION vod_tender_crypto.doctor_access() RETURNS SETOF vod_tender_crypto.doctor_finding
+    LANGUAGE sql VOLATILE
+BEGIN ATOMIC
+    SELECT 'notice', 'grant_left_over', format('%s (%s)', g.key, g.role),
+           CASE WHEN r.oid IS NULL THEN 'the role was dropped' ELSE 'the key is not configured' END,
+           'DELETE FROM vod_tender_crypto.key_grant: a key that is configured under this name again would be open to the role.'
+    FROM (SELECT DISTINCT k.key, k.role FROM vod_tender_crypto.key_grant k) g
+    LEFT JOIN pg_roles r ON r.oid = g.role
+    WHERE r.oid IS NULL
+       OR g.key NOT IN ('default', 'legacy') AND NOT EXISTS (SELECT FROM vod_tender_crypto.kek k WHERE k.name = g.key)
+    UNION ALL
+    SELECT 'warning', 'audit_waits', 'vod_tender_crypto.audit',
+           format('%s of ended sessions wait for the table since more than a minute', pg_size_pretty((f ->> 'waiting_bytes')::numeric)),
+           'See the server''s log for why its background worker does not store them; max_worker_processes must leave room for it. '
+           'flush_audit() starts it.'
+    FROM (SELECT vod_tender_crypto.audit_facts()) a(f)
+    WHERE (f ->> 'waiting_bytes')::numeric > 0;
+END;
+
 -- What decrypts: our functions, and those of others that call them, as far as PostgreSQL or their text says so.
 CREATE FUNCTION vod_tender_crypto.decrypting_function() RETURNS TABLE (function oid, is_ours boolean)
     LANGUAGE sql STABLE

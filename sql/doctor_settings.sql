@@ -136,16 +136,18 @@ END;
 CREATE FUNCTION vod_tender_crypto.doctor_own_settings() RETURNS SETOF vod_tender_crypto.doctor_finding
     LANGUAGE sql VOLATILE
 BEGIN ATOMIC
-    SELECT 'warning', r.finding, r.name || CASE s.scope WHEN 'server' THEN '' ELSE format(' (%s)', s.scope) END,
+    SELECT r.severity, r.finding, r.name || CASE s.scope WHEN 'server' THEN '' ELSE format(' (%s)', s.scope) END,
            format('%s = %s', r.name, s.own ->> r.name), r.mend
     FROM vod_tender_crypto.doctor_scope() s
     CROSS JOIN (VALUES
-        ('plaintext_reads', 'vod_tender_crypto.plaintext_reads', '^(allow|warn)$',
+        ('warning', 'plaintext_reads', 'vod_tender_crypto.plaintext_reads', '^(allow|warn)$',
          'When nothing is left that is not encrypted (census()), set it to refuse: until then, whoever can write a row '
          'can pass plaintext off as a value.'),
-        ('write_format_direct', 'vod_tender_crypto.write_format', '^direct$',
-         'Set it to auto or envelope, unless you are on the way back: version 1 has no aad, no context and one key for all.')
-    ) r(finding, name, pattern, mend)
+        ('warning', 'write_format_direct', 'vod_tender_crypto.write_format', '^direct$',
+         'Set it to auto or envelope, unless you are on the way back: version 1 has no aad, no context and one key for all.'),
+        ('notice', 'audit_off', 'vod_tender_crypto.audit', '^off$',
+         'Set it to table or log: until then nobody can say who used which key.')
+    ) r(severity, finding, name, pattern, mend)
     WHERE lower(s.own ->> r.name) ~ r.pattern;
 END;
 

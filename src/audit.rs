@@ -57,6 +57,11 @@ pub fn flush() -> Result<bool> {
     Ok(true)
 }
 
+/// Bytes of the queue that no session writes any more and that are older than this.
+pub fn waiting_bytes(age: std::time::Duration) -> u64 {
+    queue::waiting_bytes(age)
+}
+
 /// How often [`flush`] looks.
 const POLL: std::time::Duration = std::time::Duration::from_millis(10);
 

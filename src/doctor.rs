@@ -21,7 +21,7 @@ mod vod_tender_crypto {
     use vod_tender_providers::secret_path::open_directory;
 
     use crate::arguments::TextIn;
-    use crate::{configuration, settings};
+    use crate::{audit, configuration, settings};
 
     /// What PostgreSQL itself would show of the environment at log_min_messages = debug3, and nobody may see.
     const SECRETS: [&str; 3] = ["ENCRYPTION_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"];
@@ -42,6 +42,12 @@ mod vod_tender_crypto {
             "kek_in_environment": is_set("KMS_KEY_ID"),
             "environment_problems": environment_problems(),
         }))
+    }
+
+    /// What of the audit's queue nobody writes any more and nobody has stored for a minute, in bytes.
+    #[pg_extern(volatile, parallel_restricted)]
+    fn audit_facts() -> JsonB {
+        JsonB(json!({ "waiting_bytes": audit::waiting_bytes(std::time::Duration::from_secs(60)) }))
     }
 
     /// What is wrong with the file behind a `local://` URI, as `[{"finding": ..., "saw": ...}]`; nothing for others.

@@ -105,11 +105,16 @@ pgrx::extension_sql_file!(
     name = "doctor_settings",
     requires = [
         doctor::vod_tender_crypto::server_facts,
+        doctor::vod_tender_crypto::audit_facts,
         doctor::vod_tender_crypto::kek_problems,
         doctor::vod_tender_crypto::legacy_file_problems
     ]
 );
-pgrx::extension_sql_file!("../sql/doctor_objects.sql", name = "doctor_objects", requires = ["doctor_settings"]);
+pgrx::extension_sql_file!(
+    "../sql/doctor_objects.sql",
+    name = "doctor_objects",
+    requires = ["doctor_settings", "key_grant"]
+);
 pgrx::extension_sql_file!(
     "../sql/doctor_values.sql",
     name = "doctor_values",

@@ -169,6 +169,18 @@ fn check_room(directory: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Bytes in files that no session writes any more and that are older than this.
+pub fn waiting_bytes(age: Duration) -> u64 {
+    let files = fs::read_dir(directory(database())).into_iter().flatten().flatten();
+    let waiting = |path: PathBuf| {
+        let file = File::open(&path).ok().filter(|_| path.to_string_lossy().ends_with(SUFFIX))?;
+        let metadata = file.metadata().ok()?;
+        let is_old = metadata.modified().ok()?.elapsed().is_ok_and(|since| since > age);
+        (is_old && file.try_lock_shared().is_ok()).then_some(metadata.len())
+    };
+    files.filter_map(|file| waiting(file.path())).sum()
+}
+
 fn database() -> pg_sys::Oid {
     // SAFETY: set when the process connects to its database.
     unsafe { pg_sys::MyDatabaseId }

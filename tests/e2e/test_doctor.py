@@ -24,6 +24,8 @@ SET_UP = {
     "log_min_duration_statement": "-1",
     "log_parameter_max_length": "0",
     "log_parameter_max_length_on_error": "0",
+    "vod_tender_crypto.audit": "table",
+    "vod_tender_crypto.audit_required": "on",
 }
 
 _numbers = itertools.count(1)
@@ -628,18 +630,49 @@ def test_a_clock_that_went_back(session, change):
     assert [row[:2] for row in findings(session)] == [("warning", "clock_went_back")]
 
 
-@pytest.mark.parametrize("setting, value, finding", [
-    ("plaintext_reads", "allow", "plaintext_reads"),
-    ("plaintext_reads", "warn", "plaintext_reads"),
-    ("write_format", "direct", "write_format_direct"),
+@pytest.mark.parametrize("setting, value, finding, severity", [
+    ("plaintext_reads", "allow", "plaintext_reads", "warning"),
+    ("plaintext_reads", "warn", "plaintext_reads", "warning"),
+    ("write_format", "direct", "write_format_direct", "warning"),
+    ("audit", "off", "audit_off", "notice"),
 ])
-def test_settings_left_over_from_a_migration(db, session, app, setting, value, finding):
+def test_settings_of_the_extension(db, session, app, setting, value, finding, severity):
     name = f"vod_tender_crypto.{setting}"
     for scope in [f"role {app}", f"database {db.name}"]:
         session.execute(f"ALTER {scope} SET {name} = '{value}'")
         with db.connect() as later:
-            assert findings(later) == [("warning", finding, f"{name} ({scope})")]
+            assert findings(later) == [(severity, finding, f"{name} ({scope})")]
         session.execute(f"ALTER {scope} RESET {name}")
+
+
+# -- access and audit ----------------------------------------------------------------------------------------------
+
+
+def test_a_grant_to_a_role_that_is_gone(well, db, session):
+    session.execute("CREATE ROLE gone; INSERT INTO vod_tender_crypto.key_grant (key, role, privilege) "
+                    "VALUES ('default', 'gone', 'decrypt'); ")
+    oid = one(session, "SELECT oid FROM pg_roles WHERE rolname = 'gone'")
+    session.execute("DROP ROLE gone")
+    assert findings(session) == [("notice", "grant_left_over", f"default ({oid})")]
+
+
+def test_a_grant_of_a_key_that_is_not_configured(db, session, app):
+    session.execute("INSERT INTO vod_tender_crypto.key_grant (key, role, privilege) VALUES ('absent', %s::regrole, 'decrypt')", [app])
+    assert findings(session) == [("notice", "grant_left_over", f"absent ({app})")]
+
+
+def test_records_that_no_worker_stores(_neutral_environment, extension):
+    with limits(), Cluster({**SET_UP, "max_worker_processes": 0}) as cluster:
+        cluster.createdb("crowded")
+        database = Database(cluster, "crowded")
+        cluster.psql("CREATE ROLE crowded LOGIN")
+        set_up(database, "crowded")
+        with database.connect() as session:
+            assert findings(session) == [], "what was just written may wait"
+            queue = next((cluster.data / "vod_tender_crypto" / "audit").iterdir())
+            for waiting in queue.glob("*.audit"):
+                os.utime(waiting, (1, 1))
+            assert findings(session) == [("warning", "audit_waits", "vod_tender_crypto.audit")]
 
 
 # -- what it cannot look at --------------------------------------------------------------------------------------

@@ -409,9 +409,13 @@ def test_a_refusal_says_whom_to_ask_for_what(database, admin, people):
     execute_on_all(people, role)
     with database.connect(role) as user, denied("decrypt", "default") as caught:
         decrypted(user, value)
-    assert "SECURITY DEFINER" in detail(caught)
+    assert detail(caught) == f'The calling role is "{role}".'
     assert "vod_tender_crypto.grant_key()" in caught.value.diag.message_hint
     assert value not in str(caught.value) and "token" not in str(caught.value)
+    admin.execute("CREATE FUNCTION as_owner(v text) RETURNS text LANGUAGE sql SECURITY DEFINER AS 'SELECT envelope_decrypt(v)'")
+    with database.connect(role) as user, denied("decrypt", "default") as caught:
+        one(user, "SELECT as_owner(%s)", value)
+    assert f'"{role}", in a function that runs as "postgres"; both need the privilege' in detail(caught)
 
 
 @pytest.mark.parametrize("function", ["grant_key", "revoke_key"])

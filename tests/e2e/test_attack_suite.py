@@ -592,6 +592,27 @@ def test_job_rows_of_other_peoples_tables(database, admin, people):
     assert one(admin, "SELECT v FROM tokens") == "plain"
 
 
+def test_locking_other_peoples_tables(database, admin, people):
+    """From: grant_jobs(). Tries: the function by which jobs lock tables, on a table and a catalog that one has no right on,
+    to keep others waiting. Ends in: 42501, without a lock."""
+    role = people.attacker()
+    admin.execute("SELECT vod_tender_crypto.grant_jobs(%s::regrole)", [role])
+    admin.execute("CREATE TABLE tokens (id int PRIMARY KEY, v text)")
+    held = "SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid() AND relation = %s::regclass"
+    with database.connect(role) as user:
+        user.execute("CREATE TABLE mine (id int)")
+        user.execute("BEGIN")
+        user.execute("SELECT vod_tender_crypto.lock_relation('mine'::regclass, true)")
+        assert one(user, held, "mine") == 1
+        for table, writes in (("public.tokens", False), ("public.tokens", True), ("pg_authid", False), ("pg_class", True)):
+            user.execute("SAVEPOINT s")
+            with fails(NO_RIGHT, "permission denied to lock"):
+                user.execute("SELECT vod_tender_crypto.lock_relation(%s::regclass, %s)", [table, writes])
+            user.execute("ROLLBACK TO s")
+            assert table == "pg_class" or one(user, held, table) == 0
+        user.execute("COMMIT")
+
+
 def test_a_job_row_for_a_superuser_to_resume(database, admin, people):
     """From: grant_jobs() and a table of one's own. Tries: a where_clause put into the job by hand that calls a function of
     one's own, for a superuser to run with resume(). Ends in: an error before PostgreSQL reads it closer; the function is

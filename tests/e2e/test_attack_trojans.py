@@ -364,3 +364,40 @@ def test_by_hand_made_views_with_triggers(database, admin, people):
         user.execute("UPDATE stored SET tenant = 'a' WHERE id = 2")
         with fails(NO_RIGHT, 'with key "b"'):
             user.execute("SELECT v FROM clear WHERE tenant = 'a'")
+
+
+def test_shadows_on_the_path_of_a_views_writer(database, admin, people):
+    """From: a schema on the path, and temporary objects in the session, of a role that uses a decrypting view (whose trigger
+    leaves the path as it is). Tries: types, functions and operators in the place of PostgreSQL's. Ends in: none of them is
+    asked, in reading and in writing."""
+    admin.execute("""
+        CREATE TABLE stored (id int PRIMARY KEY, channel text NOT NULL, v text, note text);
+        SELECT vod_tender_crypto.create_decrypting_view('stored', 'clear', columns => '{v}', aad => 'channel || ''/v''',
+            key => 'default', set_columns => '{"note": "{key}"}')""")
+    with database.connect() as session:
+        shadow(session)
+        session.execute("INSERT INTO public.clear (id, channel, v) VALUES (1, 'c', 'one'), (2, 'c', 'two')")
+        session.execute("UPDATE public.clear SET v = 'changed' WHERE id OPERATOR(pg_catalog.=) 1")
+        session.execute("UPDATE public.clear SET channel = 'other' WHERE id OPERATOR(pg_catalog.=) 1")
+        session.execute("DELETE FROM public.clear WHERE id OPERATOR(pg_catalog.=) 2")
+        assert session.execute("TABLE public.clear").fetchall() == [(1, "other", "changed", "default")]
+    assert one(admin, "SELECT envelope_decrypt(v, 'other/v') FROM stored") == "changed"
+
+
+def test_a_superuser_makes_a_view_of_somebodys_table(database, admin, people, mallory):
+    """From: a table of one's own whose defaults, checks and generated columns call one's function. Tries: having it run while
+    a superuser makes a decrypting view of the table, or plans jobs on it. Ends in: it is not called; who then reads and
+    writes through the view does so with that one's own rights, as with every table of somebody else's."""
+    with database.connect(mallory) as user:
+        user.execute(f"""
+            CREATE TABLE {mallory}.t (id int PRIMARY KEY DEFAULT length({mallory}.spy('x')), v text DEFAULT {mallory}.spy('x'),
+                c text CHECK ({mallory}.spy(c) = c),
+                g text GENERATED ALWAYS AS ({mallory}.spy('x')) STORED)""")
+    statement = f"""SELECT vod_tender_crypto.create_decrypting_view('{mallory}.t', 'clear', columns => '{{v}}', key => 'default',
+                    set_columns => '{{"c": "{{key}}"}}')"""
+    assert spied(admin, statement) == set()
+    assert one(admin, f"SELECT relowner::regrole::text FROM pg_class WHERE oid = '{mallory}.clear'::regclass") == mallory
+    with database.connect(mallory) as user:
+        with fails(NO_RIGHT, "with key"):
+            user.execute(f"INSERT INTO {mallory}.clear (id, v) VALUES (1, 'x')")
+    assert "spy read token" in spied(admin, f"INSERT INTO {mallory}.clear (id, v, c) VALUES (1, 'x', NULL)")

@@ -62,6 +62,8 @@ BEGIN
             MESSAGE = format('key "%s" is not configured', drop_key.name),
             HINT = 'Configured keys are in vod_tender_crypto.kek.';
     END IF;
+    -- Another key may get the name: whom this one was for says nothing about that.
+    DELETE FROM vod_tender_crypto.key_grant g WHERE g.key = drop_key.name;
 END
 $$;
-COMMENT ON FUNCTION vod_tender_crypto.drop_key(text) IS 'Forgets a key-encryption key here; the key itself is untouched. Values wrapped under it can be read again once it is added back under its name.';
+COMMENT ON FUNCTION vod_tender_crypto.drop_key(text) IS 'Forgets a key-encryption key here, and who may use it; the key itself is untouched. Values wrapped under it can be read again once it is added back under its name.';

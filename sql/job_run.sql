@@ -40,19 +40,20 @@ CREATE PROCEDURE vod_tender_crypto.run_job(job_id bigint)
     LANGUAGE plpgsql
 AS $$
 DECLARE
+    -- Types by their full names: here the path is still the caller's.
     -- Most blocks that are looked at in one go for rows that are due.
     most_blocks CONSTANT bigint := 65536;
     -- How long a service that throttles is asked again, and how many passes may follow one that brought nothing.
     throttled_at_most CONSTANT interval := interval '30 minutes';
     idle_passes_at_most CONSTANT integer := 10;
 
-    caller_path text := pg_catalog.current_setting('search_path');
-    caller_isolation text := pg_catalog.current_setting('default_transaction_isolation');
+    caller_path pg_catalog.text := pg_catalog.current_setting('search_path');
+    caller_isolation pg_catalog.text := pg_catalog.current_setting('default_transaction_isolation');
     j vod_tender_crypto.job;
     before vod_tender_crypto.job;
-    phase text := 'begin';
+    phase pg_catalog.text := 'begin';
     -- The pass.
-    relations regclass[];
+    relations pg_catalog.regclass[];
     relation_at integer;
     least_left bigint;
     idle_passes integer := 0;
@@ -63,20 +64,20 @@ DECLARE
     -- The batch.
     rows_fit integer;
     most_rows integer;
-    behind tid;
+    behind pg_catalog.tid;
     looked record;
     outcome record;
-    batch_began timestamptz;
+    batch_began pg_catalog.timestamptz;
     -- The session.
     pause double precision := 0;
     paused boolean;
     throttles integer := 0;
-    throttled_since timestamptz;
-    noticed_at timestamptz := pg_catalog.clock_timestamp();
-    failed_with text;
-    failed_message text;
-    failed_detail text;
-    failed_hint text;
+    throttled_since pg_catalog.timestamptz;
+    noticed_at pg_catalog.timestamptz := pg_catalog.clock_timestamp();
+    failed_with pg_catalog.text;
+    failed_message pg_catalog.text;
+    failed_detail pg_catalog.text;
+    failed_hint pg_catalog.text;
 BEGIN
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     j := vod_tender_crypto.job_take(run_job.job_id);

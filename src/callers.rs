@@ -88,7 +88,9 @@ pub fn take_changed() -> bool {
 
 /// Asks PostgreSQL to tell about changes. Once for each process.
 pub fn watch() {
-    for cache in [pg_sys::SysCacheIdentifier::AUTHOID, pg_sys::SysCacheIdentifier::AUTHMEMROLEMEM] {
+    use pg_sys::SysCacheIdentifier::{AUTHMEMROLEMEM, AUTHOID, DATABASEOID};
+    // A database's owner is a member of pg_database_owner.
+    for cache in [AUTHOID, AUTHMEMROLEMEM, DATABASEOID] {
         // SAFETY: the callback touches an atomic only.
         unsafe { pg_sys::CacheRegisterSyscacheCallback(cache as _, Some(roles_changed), pg_sys::Datum::null()) };
     }

@@ -314,6 +314,11 @@ def _server_account() -> pwd.struct_passwd:
     return pwd.getpwnam("postgres") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
 
 
+def as_owner(cluster: Cluster) -> "list[str]":
+    """What a command begins with that shall run as the server's user."""
+    return _drop_root(cluster.owner)
+
+
 def _drop_root(owner: pwd.struct_passwd) -> "list[str]":
     if os.geteuid() != 0:
         return []

@@ -16,6 +16,7 @@ import emulators
 from cluster import Cluster, Database, extension_available
 from dead_ends import BlackHole, closed_port
 from jobs import add_keys, role
+from roles import People
 from skips import cannot_run, in_ci
 from strict_kms import ACCESS_KEY, REGION, SECRET_KEY, StrictKms
 
@@ -118,6 +119,14 @@ def owner(database):
     """A plain role that may run jobs; give it a table."""
     with role(database) as name:
         yield name
+
+
+@pytest.fixture
+def people(database):
+    """Makes roles in that database."""
+    made = People(database)
+    yield made
+    made.close()
 
 
 @pytest.fixture

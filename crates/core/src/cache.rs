@@ -41,10 +41,21 @@ pub struct OpenedKey {
     pub context: Context,
     /// The KEK that it came through.
     pub kek: KekIdentity,
+    /// The KEK id that its wrap records; none in the literal form.
+    pub kek_id: Option<Box<str>>,
+    /// Other KEKs that this id belongs to: see [`Keyring::owners`].
+    pub owners: Vec<String>,
     /// When it was unwrapped.
     pub born_ms: u64,
     /// Who opened something with it last.
     pub seen: Seen,
+}
+
+impl OpenedKey {
+    fn has_owners_of(&self, keyring: &Keyring) -> bool {
+        let kek_id = self.kek_id.as_deref();
+        kek_id.is_none_or(|kek_id| keyring.owners_by_name(&self.kek.name, kek_id, &self.context) == self.owners)
+    }
 }
 
 /// Unwrapped DEKs by header; the one unused for longest goes first.
@@ -119,7 +130,7 @@ impl OpenedCache {
 
     /// Drops what `keyring` no longer allows.
     pub fn retain(&mut self, keyring: &Keyring) {
-        self.entries.retain(|_, entry| entry.kek.still_opens(keyring));
+        self.entries.retain(|_, entry| entry.kek.still_opens(keyring) && entry.has_owners_of(keyring));
     }
 
     /// Drops everything.

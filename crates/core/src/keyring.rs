@@ -178,6 +178,23 @@ impl Keyring {
         self.for_decrypting(name).is_ok_and(|kek| kek.uri == uri && kek.context == *context)
     }
 
+    /// The other KEKs that the recorded id is known to belong to and that could open what has this context, where `kek` itself
+    /// cannot tell: an alias may have stood for any key, so that an envelope that names it may be theirs.
+    pub fn owners(&self, kek: &Kek, kek_id: &str, context: &Context) -> Vec<String> {
+        if kek.provider.is_current(kek_id).is_some() {
+            return Vec::new();
+        }
+        let opens =
+            |other: &&Kek| other.name != kek.name && (!other.requires_context || context.includes(&other.context));
+        let owns = |other: &&Kek| other.provider.is_current(kek_id) == Some(true);
+        self.keks.iter().filter(opens).filter(owns).map(|other| other.name.clone()).collect()
+    }
+
+    /// The same for a KEK by name; nobody's, where it is not configured.
+    pub fn owners_by_name(&self, name: &str, kek_id: &str, context: &Context) -> Vec<String> {
+        self.find(name).map_or_else(|_| Vec::new(), |kek| self.owners(kek, kek_id, context))
+    }
+
     fn find(&self, name: &str) -> Result<&Kek> {
         self.keks.iter().find(|kek| kek.name == name).ok_or_else(|| Error::UnknownKey(name.to_owned()))
     }

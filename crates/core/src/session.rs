@@ -78,6 +78,19 @@ enum Purpose<'a> {
     Check,
 }
 
+/// Refuses what is granted for none of these keys. No keys ask for nothing.
+fn one_of(keys: &[String], granted: impl Fn(&str) -> Result<()>) -> Result<()> {
+    let mut refusal = Ok(());
+    for key in keys {
+        match granted(key) {
+            Ok(()) => return Ok(()),
+            refused if refusal.is_ok() => refusal = refused,
+            Err(_) => {}
+        }
+    }
+    refusal
+}
+
 /// Sets the associated data of the value at hand, if there is memory.
 fn bind(associated: &mut Vec<u8>, prefix: &[u8], aad: &str) -> Result<()> {
     associated.clear();
@@ -115,9 +128,21 @@ impl<'a, W> Run<'a, W> {
         Run { keyring: self.keyring, policy: self.policy, wait: self.wait, gate: self.gate, purpose }
     }
 
+    /// Refuses what is granted for none of the keys that an envelope may belong to.
+    fn require_of_an_owner(&self, owners: &[String]) -> Result<()> {
+        one_of(owners, |owner| match self.purpose {
+            Purpose::Read => self.gate.require(Privilege::Decrypt, owner),
+            Purpose::Move(to) => self.gate.require_move(owner, to),
+            Purpose::Check => Ok(()),
+        })
+    }
+
     /// Lets something be opened with a key. Obligation: before anything of it is handed out, with a cached key too.
     #[inline]
-    fn admit_opening(&mut self, seen: &Seen, key: &str, context: &Context) -> Result<Admitted> {
+    fn admit_opening(&mut self, seen: &Seen, key: &str, owners: &[String], context: &Context) -> Result<Admitted> {
+        if !owners.is_empty() {
+            self.require_of_an_owner(owners)?;
+        }
         match self.purpose {
             Purpose::Read => self.gate.admit(seen, Privilege::Decrypt, key, context),
             Purpose::Move(to) => self.gate.admit_move(seen, key, to, context),

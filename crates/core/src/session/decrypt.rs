@@ -142,7 +142,7 @@ impl Session {
         let out = sink.buffer(payload.ciphertext.len())?;
         keys.open(payload, out)?;
         // Only now is it known that the key is used: what looks like ciphertext may be plaintext.
-        let admitted = run.admit_opening(&self.legacy_opened, LEGACY_KEY, &none).inspect_err(|_| out.zeroize())?;
+        let admitted = run.admit_opening(&self.legacy_opened, LEGACY_KEY, &[], &none).inspect_err(|_| out.zeroize())?;
         check_text(kind, out)?;
         run.gate.done(admitted);
         self.stats.values_decrypted += 1;
@@ -201,7 +201,7 @@ impl Session {
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
         if let Some(opened) = self.opened.get(header, now, &limits, &mut self.stats) {
-            match run.admit_opening(&opened.seen, &opened.kek.name, &opened.context) {
+            match run.admit_opening(&opened.seen, &opened.kek.name, &opened.owners, &opened.context) {
                 Ok(admitted) => {
                     self.stats.cache_hits += 1;
                     return Ok((opened, admitted));
@@ -238,11 +238,12 @@ impl Session {
         // Of a key that is not configured nobody has rights: that it is not configured tells more.
         let kek = run.keyring.for_decrypting(wrap.key_name)?;
         let seen = Seen::default();
-        let admitted = run.admit_opening(&seen, &kek.name, &header.context)?;
+        let owners = run.keyring.owners(kek, wrap.kek_id, &header.context);
+        let admitted = run.admit_opening(&seen, &kek.name, &owners, &header.context)?;
         let wrapped = WrappedRef { kek_id: Some(wrap.kek_id), bytes: wrap.wrapped_dek };
         let (key, kek) = unwrap_one(run, wrap.key_name, wrapped, header)?;
-        let context = header.context.clone();
-        Ok((Rc::new(OpenedKey { key: Rc::new(key), context, kek, born_ms: now_ms, seen }), admitted))
+        let (key, context, kek_id) = (Rc::new(key), header.context.clone(), Some(wrap.kek_id.into()));
+        Ok((Rc::new(OpenedKey { key, context, kek, kek_id, owners, born_ms: now_ms, seen }), admitted))
     }
 
     /// The DEK of a literal form, which names no KEK: the default one is asked.
@@ -254,17 +255,18 @@ impl Session {
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
         if let Some(opened) = self.opened.get(blob, now, &limits, &mut self.stats) {
-            let admitted = run.admit_opening(&opened.seen, &opened.kek.name, &opened.context)?;
+            let admitted = run.admit_opening(&opened.seen, &opened.kek.name, &[], &opened.context)?;
             self.stats.cache_hits += 1;
             return Ok((opened, admitted));
         }
         self.stats.cache_misses += 1;
         let kek = run.keyring.for_literal()?;
         let seen = Seen::default();
-        let admitted = run.admit_opening(&seen, &kek.name, &kek.context)?;
+        let admitted = run.admit_opening(&seen, &kek.name, &[], &kek.context)?;
         let dek = run.call(kek, kek.provider.unwrap(WrappedRef { kek_id: None, bytes: blob }, &kek.context))?;
         let key = Rc::new(ExpandedKey::new(dek.expose()));
-        let opened = OpenedKey { key, context: kek.context.clone(), kek: KekIdentity::of(kek), born_ms: now, seen };
+        let (context, kek, owners) = (kek.context.clone(), KekIdentity::of(kek), Vec::new());
+        let opened = OpenedKey { key, context, kek, kek_id: None, owners, born_ms: now, seen };
         let opened = Rc::new(opened);
         self.opened.put(blob, Rc::clone(&opened), &limits, &mut self.stats);
         Ok((opened, admitted))

@@ -152,6 +152,8 @@ impl Session {
             key: Rc::clone(&key),
             context: context.clone(),
             kek: KekIdentity::of(kek),
+            kek_id: Some(wrapped.kek_id.as_str().into()),
+            owners: run.keyring.owners(kek, &wrapped.kek_id, &context),
             born_ms: now_ms,
             seen: Seen::default(),
         };

@@ -15,7 +15,7 @@ use crate::policy::Limits;
 use crate::provider::{Fault, Wait, WrappedDek, WrappedRef};
 use crate::seal::Derived;
 use crate::session::decrypt::{copy, more_telling, usable_kek};
-use crate::session::{Run, Session};
+use crate::session::{Run, Session, one_of};
 use crate::sink::Sink;
 use crate::stored::{Kind, Stored, Value};
 
@@ -117,6 +117,10 @@ impl Session {
         // By the right to rewrap alone: what moves inside a key service is not opened here.
         run.gate.require(Privilege::Rewrap, &source.name)?;
         run.gate.require_move(&source.name, &target.name)?;
+        one_of(&run.keyring.owners(source, wrap.kek_id, &header.context), |owner| {
+            run.gate.require(Privilege::Rewrap, owner)?;
+            run.gate.require_move(owner, &target.name)
+        })?;
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
         let commitment = must_check.then_some(header.commitment);

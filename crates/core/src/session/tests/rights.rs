@@ -80,6 +80,33 @@ fn whoever_may_rewrap_moves_between_versions_unseen_unless_that_shows() {
 }
 
 #[test]
+fn an_alias_opens_nothing_of_another_configured_key_for_who_may_not_use_that() {
+    let mut world = World::new();
+    world.add("alias", "id-1", "{}", false, false);
+    world.add("tenant", "id-1", r#"{"tenant": "b"}"#, false, true);
+    world.add("next", "id-2", "{}", false, true);
+    let value = world.encrypt_bytes(b"token", Sealing { key: Some("alias"), ..Sealing::default() }).unwrap();
+    for fresh in [false, true] {
+        if fresh {
+            world.fresh_session();
+        }
+        world.enter(1, &[("alias", Decrypt), ("alias", Rewrap), ("tenant", Decrypt), ("next", Rewrap)]);
+        refused(world.decrypt_bytes(&value, none()), "main");
+        refused(world.rewrap(&value, Some("next")).map(drop), "main");
+        world.enter(2, &[("alias", Decrypt), ("main", Decrypt)]);
+        assert_eq!(world.decrypt_bytes(&value, none()).unwrap(), b"token");
+    }
+    // A key that is configured later owns what was cached before.
+    world.add("alias-2", "id-3", "{}", false, false);
+    world.enter(3, &[("alias-2", Encrypt), ("alias-2", Decrypt)]);
+    let value = world.encrypt_bytes(b"token", Sealing { key: Some("alias-2"), ..Sealing::default() }).unwrap();
+    assert_eq!(world.decrypt_bytes(&value, none()).unwrap(), b"token");
+    world.add("owner", "id-3", "{}", false, true);
+    world.session.keys_changed(&world.keyring);
+    refused(world.decrypt_bytes(&value, none()), "owner");
+}
+
+#[test]
 fn plaintext_that_looks_like_ciphertext_needs_no_right() {
     let mut world = World::new().with_legacy();
     world.policy.plaintext_reads = PlaintextReads::Allow;

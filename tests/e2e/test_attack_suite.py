@@ -724,7 +724,7 @@ def test_the_owner_of_the_database(bare_database, extension, people):
                     "GRANT EXECUTE ON FUNCTION public.envelope_decrypt(text, text, jsonb, int) TO CURRENT_USER",
                     "CREATE OR REPLACE FUNCTION public.envelope_decrypt(value text, aad text DEFAULT NULL, "
                     "context jsonb DEFAULT NULL, version int DEFAULT NULL) RETURNS text LANGUAGE sql AS 'SELECT $1'",
-                    "CREATE EVENT TRIGGER t ON ddl_command_start EXECUTE FUNCTION pg_catalog.suppress_redundant_updates_trigger()",
+                    "CREATE EVENT TRIGGER t ON ddl_command_start EXECUTE FUNCTION suppress_redundant_updates_trigger()",
             ):
                 with fails(NO_RIGHT):
                     user.execute(statement)

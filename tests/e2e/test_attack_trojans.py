@@ -234,7 +234,8 @@ def test_overloads_in_the_extensions_schema(database, admin, people):
 # Everything that the extension's own SQL could take from the path in place of PostgreSQL's.
 SHADOWS = """
     CREATE SCHEMA evil;
-    CREATE FUNCTION evil.trap() RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN RAISE 'a shadow was asked' USING ERRCODE = 'XX001'; END $$;
+    CREATE FUNCTION evil.trap() RETURNS boolean LANGUAGE plpgsql AS
+        $$ BEGIN RAISE 'a shadow was asked' USING ERRCODE = 'XX001'; END $$;
     CREATE TABLE evil.kek (name text, uri text, context jsonb, state text);
     CREATE TABLE evil.key_grant (key text, role regrole, privilege text);
     CREATE TABLE evil.honey (mark bytea, label text);
@@ -249,8 +250,9 @@ SHADOWS = """
     CREATE DOMAIN evil.regprocedure AS pg_catalog.regprocedure CHECK (evil.trap());
     CREATE DOMAIN evil.regclass AS pg_catalog.regclass CHECK (evil.trap());
     CREATE DOMAIN evil.jsonb AS pg_catalog.jsonb CHECK (evil.trap())"""
-SHADOW_OPERATORS = [("text", "text"), ("name", "name"), ("name", "text"), ("oid", "oid"), ("regrole", "oid"), ("regrole", "regrole"),
-                    ("bytea", "bytea"), ("int4", "int4"), ("int8", "int8"), ("jsonb", "jsonb"), ("\"char\"", "\"char\"")]
+SHADOW_OPERATORS = [("text", "text"), ("name", "name"), ("name", "text"), ("oid", "oid"), ("regrole", "oid"),
+                    ("regrole", "regrole"), ("bytea", "bytea"), ("int4", "int4"), ("int8", "int8"), ("jsonb", "jsonb"),
+                    ("\"char\"", "\"char\"")]
 SHADOW_FUNCTIONS = ["format(text, text)", "format(text, text, text)", "format(text, oid)", "format(text, regprocedure, regrole)",
                     "unnest(text[])", "cardinality(text[])", "has_schema_privilege(regrole, name, text)", "now()", "md5(text)",
                     "coalesce_(text)", "count(text)", "pg_has_role(oid, text)", "to_regclass(text)", "sha256(bytea)",
@@ -262,14 +264,13 @@ SHADOW_FUNCTIONS = ["format(text, text)", "format(text, text, text)", "format(te
 def shadow(connection) -> None:
     """Makes them all, and puts them first on the session's path."""
     connection.execute(SHADOWS)
-    for left, right in SHADOW_OPERATORS:
+    for number, (left, right) in enumerate(SHADOW_OPERATORS):
         left, right = (side if side.startswith('"') else f"pg_catalog.{side}" for side in (left, right))
-        for operator in ("=", "<>", "||", "<"):
-            kind = "boolean" if operator != "||" else "pg_catalog.text"
-            with_cast = "evil.trap()" if operator != "||" else "evil.trap()::pg_catalog.text"
-            function = f"evil.op_{abs(hash((left, right, operator)))}"
+        for operator, name in (("=", "eq"), ("<>", "ne"), ("||", "cat"), ("<", "lt")):
+            kind = "pg_catalog.text" if operator == "||" else "boolean"
+            function = f"evil.{name}_{number}"
             connection.execute(f"""
-                CREATE FUNCTION {function}({left}, {right}) RETURNS {kind} LANGUAGE sql AS 'SELECT {with_cast}';
+                CREATE FUNCTION {function}({left}, {right}) RETURNS {kind} LANGUAGE sql AS 'SELECT evil.trap()::{kind}';
                 CREATE OPERATOR evil.{operator} (LEFTARG = {left}, RIGHTARG = {right}, FUNCTION = {function})""")
     for signature in SHADOW_FUNCTIONS:
         connection.execute(f"CREATE FUNCTION evil.{signature} RETURNS pg_catalog.text LANGUAGE sql AS "
@@ -302,6 +303,9 @@ def test_shadows_on_the_path_of_an_administrator(database, admin, people):
                 "CALL vod_tender_crypto.migrate('public.protected', columns => '{v}', version => '0', key => 'other')",
                 "CALL vod_tender_crypto.rewrap_table('public.protected', columns => '{v}', key => 'default')",
                 "SELECT vod_tender_crypto.plant_honey('public.protected', '{\"id\": 4}')",
+                "SELECT vod_tender_crypto.create_decrypting_view('public.protected', 'clear', columns => '{v}')",
+                "SELECT vod_tender_crypto.drop_decrypting_view('public.clear')",
+                "SELECT * FROM vod_tender_crypto.doctor()",
                 "SELECT * FROM vod_tender_crypto.verify('public.protected')",
                 "SELECT * FROM vod_tender_crypto.census()",
                 "SELECT * FROM vod_tender_crypto.verify_audit()", "SELECT vod_tender_crypto.prune_audit('2000-01-01')",

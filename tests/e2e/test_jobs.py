@@ -65,7 +65,7 @@ def test_both_old_versions_become_envelopes(connection):
                                AND encryption_key_id = envelope_info(access_token)->>'kek_id'""") == 1000
     rows = connection.execute("""SELECT schema_name, table_name, column_name, key, aad, version
                                  FROM vod_tender_crypto.protected_column ORDER BY column_name""").fetchall()
-    assert rows == [("public", TABLE, column, "default", AAD, "encryption_version") for column in COLUMNS]
+    assert rows == [("public", TABLE, column, None, AAD, "encryption_version") for column in COLUMNS], "it follows the default key"
 
 
 def test_an_application_calls_it_with_parameters(connection):

@@ -11,7 +11,7 @@ CREATE TABLE vod_tender_crypto.audit_record (
     UNIQUE (source, number)
 );
 COMMENT ON TABLE vod_tender_crypto.audit_record IS
-    'Audit records as written: number "number" of the queue file "source". hash covers seq, source, number, entry and the hash before.';
+    'Audit records as written: number "number" of the queue file "source". hash covers all other columns and the hash before.';
 CREATE INDEX ON vod_tender_crypto.audit_record (at);
 SELECT pg_extension_config_dump('vod_tender_crypto.audit_record', '');
 
@@ -27,13 +27,19 @@ COMMENT ON TABLE vod_tender_crypto.audit_chain IS
     'Where the audit''s chain begins (the first record''s number, and the hash before it) and where it ends.';
 SELECT pg_extension_config_dump('vod_tender_crypto.audit_chain', '');
 
-CREATE FUNCTION vod_tender_crypto.audit_hash(previous bytea, seq bigint, source text, number bigint, entry json) RETURNS bytea
+CREATE FUNCTION vod_tender_crypto.audit_hash(
+    previous bytea, seq bigint, at_us bigint, source text, number bigint, entry json
+) RETURNS bytea
     LANGUAGE sql IMMUTABLE
-RETURN sha256(audit_hash.previous || convert_to(concat_ws(' ', audit_hash.seq, audit_hash.source, audit_hash.number,
+RETURN sha256(audit_hash.previous || convert_to(concat_ws(' ', audit_hash.seq, audit_hash.at_us, audit_hash.source, audit_hash.number,
                                                           audit_hash.entry::text), 'UTF8'));
 
+CREATE FUNCTION vod_tender_crypto.unix_us(at timestamptz) RETURNS bigint
+    LANGUAGE sql STABLE
+RETURN (extract(epoch FROM unix_us.at) * 1000000)::bigint;
+
 -- Called by the background worker. What is stored already is left out: the worker reads its files again after a crash.
-CREATE FUNCTION vod_tender_crypto.store_audit(sources text[], numbers bigint[], entries text[]) RETURNS bigint
+CREATE FUNCTION vod_tender_crypto.store_audit(sources text[], numbers bigint[], times bigint[], entries text[]) RETURNS bigint
     LANGUAGE plpgsql VOLATILE
     SET search_path = pg_catalog, pg_temp
 AS $$
@@ -46,13 +52,15 @@ BEGIN
     SELECT c.* INTO STRICT chain FROM vod_tender_crypto.audit_chain c FOR UPDATE;
     FOR fresh IN
         SELECT e.source, e.number, e.entry::json AS entry,
-               coalesce(to_timestamp((e.entry::json ->> 'at_us')::numeric / 1000000), clock_timestamp()) AS at
-        FROM unnest(store_audit.sources, store_audit.numbers, store_audit.entries) WITH ORDINALITY e(source, number, entry, place)
+               coalesce(to_timestamp(e.at_us::numeric / 1000000), clock_timestamp()) AS at
+        FROM unnest(store_audit.sources, store_audit.numbers, store_audit.times, store_audit.entries)
+            WITH ORDINALITY e(source, number, at_us, entry, place)
         WHERE NOT EXISTS (SELECT FROM vod_tender_crypto.audit_record r WHERE r.source = e.source AND r.number = e.number)
         ORDER BY e.place
     LOOP
         chain.last_seq := chain.last_seq + 1;
-        chain.last_hash := vod_tender_crypto.audit_hash(chain.last_hash, chain.last_seq, fresh.source, fresh.number, fresh.entry);
+        chain.last_hash := vod_tender_crypto.audit_hash(chain.last_hash, chain.last_seq, vod_tender_crypto.unix_us(fresh.at),
+                                                         fresh.source, fresh.number, fresh.entry);
         INSERT INTO vod_tender_crypto.audit_record (seq, at, source, number, entry, hash)
         VALUES (chain.last_seq, fresh.at, fresh.source, fresh.number, fresh.entry, chain.last_hash);
         stored := stored + 1;
@@ -64,9 +72,10 @@ $$;
 
 CREATE VIEW vod_tender_crypto.audit AS
     SELECT r.seq, r.at,
-           r.entry ->> 'session_user' AS session_user_name,
-           r.entry ->> 'outer_user' AS outer_user_name,
-           r.entry ->> 'current_user' AS current_user_name,
+           r.entry ->> 'database' AS database,
+           r.entry ->> 'session_user_name' AS session_user_name,
+           r.entry ->> 'outer_user_name' AS outer_user_name,
+           r.entry ->> 'current_user_name' AS current_user_name,
            r.entry ->> 'application_name' AS application_name,
            r.entry ->> 'client' AS client,
            (r.entry ->> 'pid')::integer AS pid,
@@ -76,11 +85,11 @@ CREATE VIEW vod_tender_crypto.audit AS
            (r.entry -> 'context')::jsonb AS context,
            r.entry ->> 'outcome' AS outcome,
            r.entry ->> 'sqlstate' AS sqlstate,
-           (r.entry ->> 'values')::bigint AS value_count,
+           (r.entry ->> 'value_count')::bigint AS value_count,
            (r.entry ->> 'committed')::boolean AS committed,
            to_timestamp((r.entry ->> 'transaction_us')::numeric / 1000000) AS transaction_start,
            (r.entry ->> 'query_id')::bigint AS query_id,
-           (r.entry -> 'requests')::jsonb AS key_service_requests
+           (r.entry -> 'key_service_requests')::jsonb AS key_service_requests
     FROM vod_tender_crypto.audit_record r;
 COMMENT ON VIEW vod_tender_crypto.audit IS
     'One row for each transaction, caller, function, operation, key, context and outcome; value_count says how many values. outcome: ok, failed (sqlstate says how), honey (an alarm), interrupted (the server stopped before the count was known), unreadable (a damaged queue file).';
@@ -105,8 +114,7 @@ BEGIN ATOMIC
     SELECT l.seq, 'changed: the record does not fit its hash and the hash of the record before it'
     FROM linked l
     WHERE l.seq = l.previous_seq + 1
-      AND (l.hash <> vod_tender_crypto.audit_hash(l.previous_hash, l.seq, l.source, l.number, l.entry)
-           OR l.at <> to_timestamp((l.entry ->> 'at_us')::numeric / 1000000))
+      AND l.hash <> vod_tender_crypto.audit_hash(l.previous_hash, l.seq, vod_tender_crypto.unix_us(l.at), l.source, l.number, l.entry)
     UNION ALL
     SELECT c.last_seq, 'removed: the last records are missing'
     FROM chain c WHERE c.last_seq <> coalesce((SELECT max(r.seq) FROM vod_tender_crypto.audit_record r), c.first_seq - 1)
@@ -114,9 +122,12 @@ BEGIN ATOMIC
     SELECT c.last_seq, 'changed: the last record is not the one that was written last'
     FROM chain c JOIN vod_tender_crypto.audit_record r ON r.seq = c.last_seq WHERE r.hash <> c.last_hash
     UNION ALL
-    SELECT verify_audit.anchor_seq, 'changed or removed: the record is not the one that was noted'
+    SELECT verify_audit.anchor_seq, CASE WHEN verify_audit.anchor_hash IS NULL THEN 'not checked: no hash was given with the number'
+                                         WHEN verify_audit.anchor_seq IS NULL THEN 'not checked: no number was given with the hash'
+                                         WHEN verify_audit.anchor_seq < c.first_seq THEN 'not checked: the record was pruned'
+                                         ELSE 'changed or removed: the record is not the one that was noted' END
     FROM chain c
-    WHERE verify_audit.anchor_seq >= c.first_seq AND verify_audit.anchor_hash IS NOT NULL
+    WHERE (verify_audit.anchor_seq IS NOT NULL OR verify_audit.anchor_hash IS NOT NULL)
       AND NOT EXISTS (SELECT FROM vod_tender_crypto.audit_record r
                       WHERE r.seq = verify_audit.anchor_seq AND r.hash = verify_audit.anchor_hash)
     ORDER BY 1, 2;
@@ -133,6 +144,9 @@ DECLARE
     last record;
     pruned bigint;
 BEGIN
+    IF prune_audit.before IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'null_value_not_allowed', MESSAGE = 'no time is given';
+    END IF;
     SELECT c.* INTO chain FROM vod_tender_crypto.audit_chain c FOR UPDATE;
     -- Up to the first record that stays: the chain has no holes.
     SELECT r.seq, r.hash INTO last
@@ -156,9 +170,12 @@ CREATE FUNCTION vod_tender_crypto.grant_audit(reader regrole) RETURNS void
     SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
+    IF grant_audit.reader IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'null_value_not_allowed', MESSAGE = 'no role is given';
+    END IF;
     EXECUTE format('GRANT SELECT ON vod_tender_crypto.audit, vod_tender_crypto.audit_record, vod_tender_crypto.audit_chain TO %s', grant_audit.reader);
     EXECUTE format('GRANT EXECUTE ON FUNCTION vod_tender_crypto.verify_audit(bigint, bytea), vod_tender_crypto.flush_audit(),
-                    vod_tender_crypto.audit_hash(bytea, bigint, text, bigint, json) TO %s', grant_audit.reader);
+                    vod_tender_crypto.audit_hash(bytea, bigint, bigint, text, bigint, json), vod_tender_crypto.unix_us(timestamptz) TO %s', grant_audit.reader);
 END
 $$;
 COMMENT ON FUNCTION vod_tender_crypto.grant_audit(regrole) IS 'Lets a role read and verify the audit.';

@@ -3,20 +3,20 @@ SET LOCAL search_path = pg_catalog, pg_temp;
 
 -- Every column of the database that can hold protected values, and whether the caller can read all of it.
 CREATE FUNCTION vod_tender_crypto.census_column() RETURNS TABLE (
-    relation regclass, column_name name, base_type regtype, registered boolean, readable boolean
+    relation regclass, column_name name, registered boolean, readable boolean
 )
     LANGUAGE sql STABLE
 BEGIN ATOMIC
-    WITH RECURSIVE base(type, ground) AS (
-        SELECT t.oid, t.oid FROM pg_type t WHERE t.oid IN ('text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'bytea'::regtype)
+    WITH RECURSIVE base(type) AS (
+        SELECT t.oid FROM pg_type t WHERE t.oid IN ('text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'bytea'::regtype)
         UNION ALL
-        SELECT d.oid, base.ground FROM pg_type d JOIN base ON d.typbasetype = base.type WHERE d.typtype = 'd'
+        SELECT d.oid FROM pg_type d JOIN base ON d.typbasetype = base.type WHERE d.typtype = 'd'
     ), registration(relation, column_name) AS (
         SELECT heir.relation, p.column_name
         FROM vod_tender_crypto.protected_column p
         CROSS JOIN LATERAL vod_tender_crypto.storing_relations(to_regclass(format('%I.%I', p.schema_name, p.table_name))) heir(relation)
     )
-    SELECT c.oid::regclass, a.attname, base.ground::regtype,
+    SELECT c.oid::regclass, a.attname,
            EXISTS (SELECT FROM registration r WHERE r.relation = c.oid AND r.column_name = a.attname),
            has_column_privilege(c.oid, a.attnum, 'SELECT') AND has_schema_privilege(c.relnamespace, 'USAGE')
                AND NOT row_security_active(c.oid) AND (c.relkind <> 'm' OR c.relispopulated)
@@ -29,25 +29,17 @@ BEGIN ATOMIC
     ORDER BY c.oid::regclass::text, a.attnum;
 END;
 
-CREATE FUNCTION vod_tender_crypto.count_column(relation regclass, column_name name, base_type regtype)
+CREATE FUNCTION vod_tender_crypto.count_column(relation regclass, column_name name)
     RETURNS TABLE (version integer, key text, kek_id text, value_count bigint)
-    LANGUAGE plpgsql STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    name text := vod_tender_crypto.lock_relation(count_column.relation, false);
-BEGIN
-    RETURN QUERY EXECUTE format(
-        'SELECT (l.under ->> ''version'')::integer, w.wrap ->> 0, w.wrap ->> 1, sum(l.value_count)::bigint
-         FROM (SELECT g.under::jsonb AS under, count(*) AS value_count
-               FROM (SELECT vod_tender_crypto.stored_under(t.%I::%s) AS under FROM ONLY %s t) g
-               WHERE g.under IS NOT NULL GROUP BY g.under) l
-         LEFT JOIN LATERAL jsonb_array_elements(l.under -> ''wraps'') w(wrap) ON true
-         GROUP BY 1, 2, 3 ORDER BY 1, 2, 3',
-        count_column.column_name,
-        CASE WHEN count_column.base_type = 'bytea'::regtype THEN 'bytea' ELSE 'text' END, name);
-END
-$$;
+    LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT (c.under::jsonb ->> 'version')::integer, w.wrap ->> 0, w.wrap ->> 1, sum(c.value_count)::bigint
+    FROM pg_attribute a
+    CROSS JOIN LATERAL vod_tender_crypto.count_stored(a.attrelid, a.attnum) c
+    LEFT JOIN LATERAL jsonb_array_elements(c.under::jsonb -> 'wraps') w(wrap) ON true
+    WHERE a.attrelid = count_column.relation AND a.attname = count_column.column_name AND NOT a.attisdropped
+    GROUP BY 1, 2, 3 ORDER BY 1, 2, 3;
+END;
 
 CREATE FUNCTION vod_tender_crypto.census(target regclass) RETURNS TABLE (
     relation regclass, column_name name, registered boolean, version integer, key text, kek_id text, value_count bigint
@@ -72,7 +64,7 @@ BEGIN
         RETURN QUERY
             SELECT col.relation, col.column_name, col.registered, counted.version, counted.key, counted.kek_id, counted.value_count
             FROM (SELECT n.*, bool_or(n.version IS DISTINCT FROM 0) OVER () AS has_ours
-                  FROM vod_tender_crypto.count_column(col.relation, col.column_name, col.base_type) n) counted
+                  FROM vod_tender_crypto.count_column(col.relation, col.column_name) n) counted
             WHERE col.registered OR counted.has_ours;
     END LOOP;
     IF cardinality(unread) > 0 THEN

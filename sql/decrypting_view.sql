@@ -40,6 +40,7 @@ BEGIN
     END IF;
     EXECUTE format('CREATE OR REPLACE FUNCTION %s() RETURNS trigger LANGUAGE plpgsql AS %L', v.write_name,
                    vod_tender_crypto.view_write_body(v));
+    EXECUTE format('COMMENT ON FUNCTION %s() IS %L', v.write_name, 'Internal. set_columns ' || v.set_columns::text);
     -- Firing a trigger takes no right; making another trigger of it would.
     EXECUTE format('REVOKE ALL ON FUNCTION %s() FROM PUBLIC', v.write_name);
     EXECUTE format('CREATE OR REPLACE TRIGGER vod_tender_crypto_check BEFORE INSERT OR UPDATE OR DELETE ON %s

@@ -224,12 +224,12 @@ DECLARE
     function_name name;
     changed text[];
     aads text[];
+    other_binding boolean;
 BEGIN
     IF NOT vod_tender_crypto.owns(plan_view.target) THEN
         RAISE EXCEPTION USING ERRCODE = 'insufficient_privilege', MESSAGE = format('must be owner of table %s', plan_view.target);
     END IF;
     v.target := plan_view.target;
-    v.set_columns := coalesce(plan_view.set_columns, '{}');
     SELECT array_agg(r.column_name), array_agg(coalesce(plan_view.aad, r.aad)), array_agg(coalesce(plan_view.key, r.key)),
            array_agg(nullif(coalesce(plan_view.context, r.context), '{}'))
     INTO v.columns, aads, v.keys, v.contexts
@@ -249,6 +249,9 @@ BEGIN
     v.aad_signature := format('%I.%I(%s)', schema_name, left(function_name, -6) || '_aad', v.view_name);
     v.crypto := (SELECT quote_ident(n.nspname) FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace
                  WHERE e.extname = 'vod_tender_crypto');
+    -- Those that the view has already, where none are given.
+    v.set_columns := coalesce(plan_view.set_columns, CASE WHEN to_regclass(v.view_name) IS NOT NULL THEN substring(obj_description(
+        to_regprocedure(v.write_name || '()'), 'pg_proc') FROM '^Internal\. set_columns (.*)$')::jsonb END, '{}');
     PERFORM vod_tender_crypto.check_view_set_columns(v);
 
     -- What identifies a value must stay as it is when the view or a job writes another.
@@ -282,6 +285,18 @@ BEGIN
                 MESSAGE = format('column %I of %s is registered with another context', col.column_name, v.target),
                 DETAIL = 'Values that were written with the registered one would not open with the new one.',
                 HINT = 'Omit context to use the registered one.';
+        END IF;
+        IF NOT col.is_registered THEN
+            EXECUTE format('SELECT EXISTS (SELECT FROM %1$s t WHERE %2$s.is_envelope(t.%3$I)
+                                AND (%2$s.envelope_info(t.%3$I) ->> ''aad'')::boolean IS DISTINCT FROM %4$L)',
+                v.table_name, v.crypto, col.column_name, col.new_aad IS NOT NULL) INTO other_binding;
+            IF other_binding THEN
+                RAISE EXCEPTION USING ERRCODE = 'object_not_in_prerequisite_state',
+                    MESSAGE = format('column %I of %s holds values that are %s to an aad', col.column_name, v.target,
+                                     CASE WHEN col.new_aad IS NULL THEN 'bound' ELSE 'not bound' END),
+                    HINT = CASE WHEN col.new_aad IS NULL THEN 'Pass the aad that they were written with. Where a column was '
+                                || 'renamed, correct its row of vod_tender_crypto.protected_column.' ELSE 'Omit aad.' END;
+            END IF;
         END IF;
         IF NOT col.is_registered OR col.aad IS DISTINCT FROM col.new_aad THEN
             IF col.is_registered THEN

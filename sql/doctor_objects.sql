@@ -55,7 +55,13 @@ BEGIN ATOMIC
            'See the server''s log for why its background worker does not store them; max_worker_processes must leave room for it. '
            'flush_audit() starts it.'
     FROM (SELECT vod_tender_crypto.audit_facts()) a(f)
-    WHERE (f ->> 'waiting_bytes')::numeric > 0;
+    WHERE (f ->> 'waiting_bytes')::numeric > 0
+    UNION ALL
+    SELECT 'notice', 'worker_room', 'max_worker_processes',
+           format('max_worker_processes = %s, max_parallel_workers = %s', w.all_workers, w.parallel),
+           'Raise max_worker_processes above max_parallel_workers: parallel queries can keep the audit''s worker out.'
+    FROM (SELECT current_setting('max_worker_processes')::integer, current_setting('max_parallel_workers')::integer) w(all_workers, parallel)
+    WHERE w.parallel >= w.all_workers AND current_setting('vod_tender_crypto.audit', true) = 'table';
 END;
 
 -- What decrypts: our functions, and those of others that call them, as far as PostgreSQL or their text says so.

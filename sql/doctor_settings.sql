@@ -146,7 +146,9 @@ BEGIN ATOMIC
         ('warning', 'write_format_direct', 'vod_tender_crypto.write_format', '^direct$',
          'Set it to auto or envelope, unless you are on the way back: version 1 has no aad, no context and one key for all.'),
         ('notice', 'audit_off', 'vod_tender_crypto.audit', '^off$',
-         'Set it to table or log: until then nobody can say who used which key.')
+         'Set it to table or log: until then nobody can say who used which key.'),
+        ('warning', 'alarms_unlogged', 'log_min_messages', '^(error|log|fatal|panic)$',
+         'Set it to warning, its default: alarms of honey values are warnings.')
     ) r(severity, finding, name, pattern, mend)
     WHERE lower(s.own ->> r.name) ~ r.pattern;
 END;

@@ -149,7 +149,7 @@ BEGIN
                            -- The literal form names no key: it is under the default one.
                            'key', coalesce(n.key, current_setting('vod_tender_crypto.default_key')))), '[]')
                 FROM (SELECT n.*, bool_or(n.version IS DISTINCT FROM 0) OVER () AS has_ours
-                      FROM vod_tender_crypto.count_column(col.relation, col.column_name, col.base_type) n) n
+                      FROM vod_tender_crypto.count_column(col.relation, col.column_name) n) n
                 WHERE col.registered OR n.has_ours);
         EXCEPTION WHEN OTHERS THEN
             unread := unread || jsonb_build_object('code', SQLSTATE,

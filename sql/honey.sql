@@ -22,7 +22,8 @@ ALTER TABLE vod_tender_crypto.honey ENABLE ALWAYS TRIGGER honey_row_changed;
 CREATE FUNCTION vod_tender_crypto.watch_honey(value text, label text DEFAULT NULL) RETURNS text
     LANGUAGE sql VOLATILE
 BEGIN ATOMIC
-    INSERT INTO vod_tender_crypto.honey (mark, label) VALUES (vod_tender_crypto.honey_mark(watch_honey.value), watch_honey.label)
+    INSERT INTO vod_tender_crypto.honey (mark, label)
+    SELECT vod_tender_crypto.honey_mark(watch_honey.value), watch_honey.label WHERE watch_honey.value IS NOT NULL
     ON CONFLICT DO NOTHING;
     SELECT watch_honey.value;
 END;
@@ -32,7 +33,8 @@ COMMENT ON FUNCTION vod_tender_crypto.watch_honey(text, text) IS
 CREATE FUNCTION vod_tender_crypto.watch_honey(value bytea, label text DEFAULT NULL) RETURNS bytea
     LANGUAGE sql VOLATILE
 BEGIN ATOMIC
-    INSERT INTO vod_tender_crypto.honey (mark, label) VALUES (vod_tender_crypto.honey_mark(watch_honey.value), watch_honey.label)
+    INSERT INTO vod_tender_crypto.honey (mark, label)
+    SELECT vod_tender_crypto.honey_mark(watch_honey.value), watch_honey.label WHERE watch_honey.value IS NOT NULL
     ON CONFLICT DO NOTHING;
     SELECT watch_honey.value;
 END;
@@ -49,8 +51,11 @@ AS $$
 DECLARE
     col record;
     table_name text;
+    aad text;
+    is_unbound boolean;
     given name[];
-    items text[] := '{}';
+    names text[];
+    items text[];
     extension_schema name := (SELECT n.nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace
                               WHERE e.extname = 'vod_tender_crypto');
 BEGIN
@@ -61,28 +66,34 @@ BEGIN
             HINT = 'It gives the row''s other columns, for example: {"provider": "twitch", "channel": "archive"}.';
     END IF;
     table_name := vod_tender_crypto.lock_relation(plant_honey.target, true);
-    given := ARRAY(SELECT jsonb_object_keys(plant_honey."row"));
+    given := ARRAY(SELECT k FROM jsonb_object_keys(plant_honey."row") k
+                   WHERE k NOT IN (SELECT r.column_name FROM vod_tender_crypto.registered(plant_honey.target, plant_honey.columns) r));
+    names := ARRAY(SELECT format('%I', g) FROM unnest(given) g);
+    items := ARRAY(SELECT format('t.%I', g) FROM unnest(given) g);
     FOR col IN
         SELECT r.*, a.atttypid = 'bytea'::regtype AS is_bytea
         FROM vod_tender_crypto.registered(plant_honey.target, plant_honey.columns) r
         JOIN pg_attribute a ON a.attrelid = plant_honey.target AND a.attname = r.column_name
     LOOP
-        given := array_remove(given, col.column_name);
-        items := items || format('%I', col.column_name) || format(
-            'vod_tender_crypto.watch_honey(%I.envelope_encrypt(%s, key => %L, context => %L, aad => %s), %L)',
-            extension_schema,
+        aad := coalesce('(' || vod_tender_crypto.checked_expression(plant_honey.target, col.aad, 'aad', col.column_name, '{}') || ')',
+                        'NULL');
+        EXECUTE format('SELECT %s IS NULL FROM jsonb_populate_record(NULL::%s, $1) t', aad, table_name)
+            INTO is_unbound USING plant_honey."row";
+        IF is_unbound AND col.aad IS NOT NULL THEN
+            RAISE EXCEPTION USING ERRCODE = 'null_value_not_allowed',
+                MESSAGE = format('the aad of column %I is NULL for this row', col.column_name),
+                HINT = 'Give the columns that the aad is made of.';
+        END IF;
+        names := names || format('%I', col.column_name);
+        items := items || format(
+            'vod_tender_crypto.watch_honey(%I.envelope_encrypt(%s, key => %L, context => %L, aad => %s), $3)', extension_schema,
             CASE WHEN col.is_bytea THEN 'convert_to(coalesce($2, md5(gen_random_uuid()::text)), ''UTF8'')'
                  ELSE 'coalesce($2, md5(gen_random_uuid()::text))' END,
-            col.key, col.context,
-            CASE WHEN col.aad IS NULL THEN 'NULL'
-                 ELSE '(' || vod_tender_crypto.checked_expression(plant_honey.target, col.aad, 'aad', col.column_name, '{}') || ')' END,
-            plant_honey.label);
+            col.key, col.context, aad);
     END LOOP;
     EXECUTE format('INSERT INTO %s (%s) SELECT %s FROM jsonb_populate_record(NULL::%s, $1) t', table_name,
-        (SELECT string_agg(format('%I', n), ', ') FROM unnest(given) n) || (SELECT string_agg(', ' || items[i], '') FROM generate_series(1, cardinality(items), 2) i),
-        (SELECT string_agg(format('t.%I', n), ', ') FROM unnest(given) n) || (SELECT string_agg(', ' || items[i], '') FROM generate_series(2, cardinality(items), 2) i),
-        table_name)
-    USING plant_honey."row", plant_honey.plaintext;
+                   array_to_string(names, ', '), array_to_string(items, ', '), table_name)
+    USING plant_honey."row", plant_honey.plaintext, plant_honey.label;
 END
 $$;
 COMMENT ON FUNCTION vod_tender_crypto.plant_honey(regclass, jsonb, name[], text, text) IS

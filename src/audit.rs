@@ -8,7 +8,9 @@ mod queue;
 pub mod worker;
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use pgrx::pg_sys;
 use vod_tender_core::access::{Gate, Journal, Outcome, Tally, Use};
@@ -29,6 +31,8 @@ pub struct Audit {
     queue: Queue,
     /// Number of the last record of this backend.
     number: u64,
+    /// What was announced in the queue and has not ended.
+    open: HashSet<u64>,
 }
 
 /// Announces uses for the gate.
@@ -36,8 +40,11 @@ pub struct Announcer(pub Rc<RefCell<Audit>>);
 
 impl Journal for Announcer {
     fn announce(&mut self, used: &Use) -> Result<Option<u64>> {
-        if !settings::audit_required() || mode() == AuditMode::Off {
+        if !settings::audit_required() {
             return Ok(None);
+        }
+        if mode() == AuditMode::Off {
+            return Err(Error::NotAudited("vod_tender_crypto.audit is off".to_owned()));
         }
         self.0.borrow_mut().announce(used).map(Some)
     }
@@ -51,19 +58,31 @@ pub fn flush() -> Result<bool> {
     }
     let failed = |error: std::io::Error| Error::NotAudited(error.to_string());
     let request = backend::with_audit(|audit| audit.queue.request())?.map_err(failed)?;
+    let began = Instant::now();
+    let mut told = false;
     while !backend::with_audit(|audit| audit.queue.is_done(&request))? {
+        if began.elapsed() > GIVES_UP {
+            let _ = std::fs::remove_file(&request);
+            return Err(Error::NotAudited("no background worker has stored it within a minute".to_owned()));
+        }
+        if !told && began.elapsed() > TELLS {
+            told = true;
+            pgrx::notice!("waiting for the audit's background worker: see the server's log, and max_worker_processes");
+        }
         process::sleep_interruptibly(POLL);
     }
     Ok(true)
 }
 
-/// Bytes of the queue that no session writes any more and that are older than this.
-pub fn waiting_bytes(age: std::time::Duration) -> u64 {
+/// How often [`flush`] looks, when it says that it waits, and when it gives up.
+const POLL: Duration = Duration::from_millis(10);
+const TELLS: Duration = Duration::from_secs(5);
+const GIVES_UP: Duration = Duration::from_secs(60);
+
+/// Bytes of the queue that wait for longer than this.
+pub fn waiting_bytes(age: Duration) -> u64 {
     queue::waiting_bytes(age)
 }
-
-/// How often [`flush`] looks.
-const POLL: std::time::Duration = std::time::Duration::from_millis(10);
 
 /// Where records go. A standby cannot write the table, so that they go to its log.
 fn mode() -> AuditMode {
@@ -76,69 +95,82 @@ fn mode() -> AuditMode {
 
 impl Audit {
     fn announce(&mut self, used: &Use) -> Result<u64> {
-        self.number += 1;
+        let number = self.next_number();
         let entry = self.entry(used, &Tally::default(), Ending::Unknown);
-        match mode() {
-            AuditMode::Table => self
-                .queue
-                .append(&queue::line(queue::BEGIN, self.number, &entry), true)
-                .map_err(|error| Error::NotAudited(error.to_string()))?,
-            _ => server_log::write(Level::Note, &format!("vod_tender_crypto audit begins: {entry}")),
+        if mode() == AuditMode::Table {
+            let line = queue::line(queue::BEGIN, number, &entry);
+            self.queue.append(&line, true).map_err(|error| Error::NotAudited(error.to_string()))?;
+            self.open.insert(number);
+        } else {
+            server_log::write(Level::Note, &format!("vod_tender_crypto audit begins: {entry}"));
         }
-        Ok(self.number)
+        Ok(number)
     }
 
-    /// Writes down what the transaction used. Cannot fail: what cannot be queued goes to the log.
-    pub fn end_transaction(&mut self, gate: &mut Gate, committed: bool) {
-        if gate.is_empty() {
-            self.callers.take();
-            return;
-        }
-        self.alarms(gate);
-        let uses = gate.take();
-        let mut lines = String::new();
-        let mut entries = Vec::new();
-        for (used, tally) in uses.iter().filter(|(used, tally)| used.outcome != Outcome::Honey && is_of_interest(tally))
-        {
-            let number = tally.announced.unwrap_or_else(|| {
-                self.number += 1;
-                self.number
-            });
-            let entry = self.entry(used, tally, Ending::Known { committed });
-            lines.push_str(&queue::line(queue::END, number, &entry));
-            entries.push(entry);
-        }
+    /// Writes down what the transaction that ends has used.
+    pub fn end_transaction(&mut self, gate: &mut Gate, committed: Option<bool>) {
+        self.write(gate, committed);
         self.callers.take();
-        if entries.is_empty() {
-            return;
-        }
-        match mode() {
-            AuditMode::Off => {}
-            AuditMode::Log => log_all(&entries),
-            AuditMode::Table => match self.queue.append(&lines, false) {
-                Ok(()) => self.queue.end_transaction(),
-                Err(error) => {
-                    let why = entry::ascii(&error.to_string());
-                    server_log::write(Level::Alarm, &format!("vod_tender_crypto audit could not be queued: {why}"));
-                    log_all(&entries);
-                }
-            },
-        }
     }
 
-    /// Raises the alarms for honey values, at once and whatever is audited otherwise.
+    /// Writes down what was used so far: at the end of the transaction, and before that where it uses very much. Cannot fail:
+    /// what cannot be queued goes to the log.
+    pub fn write(&mut self, gate: &mut Gate, committed: Option<bool>) {
+        self.alarms(gate);
+        let uses = with_failures_announced(gate.take());
+        let mut queued = String::new();
+        let mut entries = Vec::new();
+        for (used, tally) in uses.iter().filter(|(_, tally)| is_of_interest(tally)) {
+            let entry = self.entry(used, tally, Ending::Known { committed });
+            // What was announced in the queue ends there, whatever the setting says by now.
+            let announced = tally.announced.filter(|number| self.open.remove(number));
+            if announced.is_some() || mode() == AuditMode::Table {
+                let number = announced.unwrap_or_else(|| self.next_number());
+                queued.push_str(&queue::line(queue::END, number, &entry));
+                entries.push(entry);
+            } else if mode() == AuditMode::Log {
+                log(&entry);
+            }
+        }
+        if queued.is_empty() {
+            return;
+        }
+        match self.queue.append(&queued, false) {
+            Ok(()) => self.queue.rotate(),
+            Err(error) => {
+                let why = entry::ascii(&error.to_string());
+                server_log::write(Level::Alarm, &format!("vod_tender_crypto audit could not be queued: {why}"));
+                entries.iter().for_each(|entry| log(entry));
+            }
+        }
+        self.queue.call_worker();
+    }
+
+    /// Raises the alarms for honey values at once, whatever is audited otherwise, and sees to it that the record will be
+    /// there. Of many in one transaction the first, the tenth, the hundredth and so on are in the log.
     pub fn alarms(&mut self, gate: &mut Gate) {
-        for used in gate.take_alarms() {
-            let entry = self.entry(&used, &Tally { values: 1, ..Tally::default() }, Ending::Unknown);
-            server_log::write(Level::Alarm, &format!("vod_tender_crypto honey value was asked for: {entry}"));
-            if mode() == AuditMode::Table {
-                self.number += 1;
-                let line = queue::line(queue::END, self.number, &entry);
+        for (used, tally) in gate.take_alarms() {
+            let first = tally.values == 1;
+            let is_power_of_ten = (0..20).any(|power| tally.values == 10u64.pow(power.min(19)));
+            if is_power_of_ten {
+                let entry = self.entry(&used, tally, Ending::Unknown);
+                server_log::write(Level::Alarm, &format!("vod_tender_crypto honey value was asked for: {entry}"));
+            }
+            if first && mode() == AuditMode::Table {
+                let number = self.next_number();
+                let line = queue::line(queue::BEGIN, number, &self.entry(&used, tally, Ending::Unknown));
                 if self.queue.append(&line, settings::audit_required()).is_ok() {
-                    self.queue.end_transaction();
+                    self.open.insert(number);
+                    tally.announced = Some(number);
+                    self.queue.call_worker();
                 }
             }
         }
+    }
+
+    fn next_number(&mut self) -> u64 {
+        self.number += 1;
+        self.number
     }
 
     fn entry(&self, used: &Use, tally: &Tally, ending: Ending) -> String {
@@ -150,8 +182,27 @@ fn is_of_interest(tally: &Tally) -> bool {
     tally.values > 0 || tally.announced.is_some()
 }
 
-fn log_all(entries: &[String]) {
-    for entry in entries {
-        server_log::write(Level::Note, &format!("vod_tender_crypto audit: {entry}"));
+/// What was announced and came to nothing but a failure is one record: the failure's.
+fn with_failures_announced(mut uses: Vec<(Use, Tally)>) -> Vec<(Use, Tally)> {
+    for at in 0..uses.len() {
+        let announced = uses[at].1.announced.filter(|_| uses[at].1.values == 0);
+        if announced.is_none() {
+            continue;
+        }
+        let same = |used: &Use| Use { outcome: Outcome::Done, ..used.clone() } == uses[at].0;
+        let failure = (0..uses.len()).find(|&other| {
+            matches!(uses[other].0.outcome, Outcome::Failed(_))
+                && uses[other].1.announced.is_none()
+                && same(&uses[other].0)
+        });
+        if let Some(failure) = failure {
+            uses[failure].1.announced = announced;
+            uses[at].1.announced = None;
+        }
     }
+    uses
+}
+
+fn log(entry: &str) {
+    server_log::write(Level::Note, &format!("vod_tender_crypto audit: {entry}"));
 }

@@ -18,6 +18,7 @@ use vod_tender_providers::secret_file::FileStamp;
 use crate::audit::{Announcer, Audit};
 use crate::errors::sqlstate_text;
 use crate::process::CoarseClock;
+use crate::server_log::{self, Level};
 use crate::wait::Waiter;
 use crate::{callers, catalog, configuration, process, settings};
 
@@ -69,12 +70,16 @@ pub fn failed(sqlstate: &str) {
 }
 
 /// Writes down what the transaction that ends has used.
-pub fn end_transaction(committed: bool) {
+pub fn end_transaction(committed: Option<bool>) {
     BACKEND.with(|slot| {
         // An error that unwinds gives the session up before the transaction ends.
-        if let Ok(mut slot) = slot.try_borrow_mut()
-            && let Some(backend) = slot.as_mut().filter(|backend| backend.process == process::id())
-        {
+        let Ok(mut slot) = slot.try_borrow_mut() else {
+            return server_log::write(
+                Level::Alarm,
+                "vod_tender_crypto audit of a transaction is lost: its session is in use",
+            );
+        };
+        if let Some(backend) = slot.as_mut().filter(|backend| backend.process == process::id()) {
             let audit = Rc::clone(&backend.audit);
             audit.borrow_mut().end_transaction(&mut backend.gate, committed);
         }
@@ -126,7 +131,7 @@ impl Backend {
     /// Writes down what was used in a transaction that the session's end ends.
     fn end(&mut self) {
         if let Ok(mut audit) = self.audit.try_borrow_mut() {
-            audit.end_transaction(&mut self.gate, false);
+            audit.end_transaction(&mut self.gate, Some(false));
         }
     }
 
@@ -205,6 +210,9 @@ impl Backend {
         if self.gate.has_alarms() {
             self.audit.borrow_mut().alarms(&mut self.gate);
         }
+        if self.gate.is_full() {
+            self.audit.borrow_mut().write(&mut self.gate, None);
+        }
     }
 
     fn rights_changed(&mut self) {
@@ -226,8 +234,10 @@ fn calls_by_service(calls: &CallLog) -> serde_json::Value {
 unsafe extern "C-unwind" fn at_transaction_end(event: pg_sys::XactEvent::Type, _argument: *mut std::ffi::c_void) {
     use pg_sys::XactEvent::*;
     match event {
-        XACT_EVENT_COMMIT | XACT_EVENT_PREPARE | XACT_EVENT_PARALLEL_COMMIT => end_transaction(true),
-        XACT_EVENT_ABORT | XACT_EVENT_PARALLEL_ABORT => end_transaction(false),
+        XACT_EVENT_COMMIT => end_transaction(Some(true)),
+        XACT_EVENT_ABORT | XACT_EVENT_PARALLEL_ABORT => end_transaction(Some(false)),
+        // Somebody else decides.
+        XACT_EVENT_PREPARE | XACT_EVENT_PARALLEL_COMMIT => end_transaction(None),
         _ => {}
     }
 }

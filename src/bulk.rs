@@ -333,33 +333,6 @@ mod vod_tender_crypto {
         TableIterator::once(found.unwrap_or_else(|error| raise(&error, Kind::Text)))
     }
 
-    /// What a stored value is under, as a label to group by: `{"version": 2, "wraps": [["KEY", "KEK ID"]]}`. NULL for
-    /// what holds nothing; version NULL for what claims to be an envelope and is malformed. Calls no key service.
-    #[pg_extern(name = "stored_under", stable, parallel_restricted)]
-    fn stored_under_text(stored: Option<TextIn<'_>>) -> Option<String> {
-        match stored?.get() {
-            Some(stored) => label(Value::Text(stored)),
-            None => Some(PLAINTEXT_LABEL.to_owned()),
-        }
-    }
-
-    /// The same for `bytea`.
-    #[pg_extern(name = "stored_under", stable, parallel_restricted)]
-    fn stored_under_bytea(stored: Option<&[u8]>) -> Option<String> {
-        label(Value::Bytes(stored?))
-    }
-
-    const PLAINTEXT_LABEL: &str = r#"{"version":0,"wraps":[]}"#;
-
-    fn label(value: Value<'_>) -> Option<String> {
-        if value.bytes().is_empty() {
-            return None;
-        }
-        let under = backend::with(Function::Other, value.kind(), |session, run| session.stored_under(run, value));
-        let under = under.unwrap_or_else(|error| raise(&error, value.kind()));
-        Some(serde_json::to_string(&under).unwrap_or_default())
-    }
-
     /// An expression over a row of `target`, checked and written out again with the row called `t`. `{column}` in it
     /// stands for `column_name`; `changed` are the columns that the caller rewrites.
     #[pg_extern(stable, parallel_restricted)]

@@ -11,6 +11,7 @@ mod bulk;
 mod bulk_task;
 mod callers;
 mod catalog;
+mod census;
 mod configuration;
 mod data_path;
 mod doctor;
@@ -66,8 +67,6 @@ pgrx::extension_sql_file!(
         transactions::vod_tender_crypto::check_may_commit,
         transactions::vod_tender_crypto::lock_relation,
         bulk::vod_tender_crypto::row_expression,
-        bulk::vod_tender_crypto::stored_under_text,
-        bulk::vod_tender_crypto::stored_under_bytea,
     ]
 );
 pgrx::extension_sql_file!("../sql/job_steps.sql", name = "job_steps", requires = ["job_plan"]);
@@ -85,7 +84,11 @@ pgrx::extension_sql_file!(
     requires = ["decrypting_view_triggers"]
 );
 pgrx::extension_sql_file!("../sql/verify.sql", name = "verify", requires = ["jobs"]);
-pgrx::extension_sql_file!("../sql/census.sql", name = "census", requires = ["job_plan"]);
+pgrx::extension_sql_file!(
+    "../sql/census.sql",
+    name = "census",
+    requires = ["job_plan", census::vod_tender_crypto::count_stored]
+);
 pgrx::extension_sql_file!(
     "../sql/audit.sql",
     name = "audit",

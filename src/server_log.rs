@@ -23,25 +23,52 @@ pub enum Level {
 }
 
 /// Writes one line into the server's log, in any state of the transaction. `text` is ASCII without line breaks.
+///
+/// PostgreSQL looks for interrupts when it has reported something. They wait until the caller has given up what it holds.
 pub fn write(level: Level, text: &str) {
     let Ok(text) = CString::new(text) else { return };
-    // SAFETY: the calls of one report below ERROR, which returns, in PostgreSQL's order, with C strings. A WARNING goes to
-    // the client too unless the client's threshold is above it; the threshold is put back at once.
+    let elevel = match level {
+        Level::Note => pg_sys::LOG_SERVER_ONLY,
+        Level::Alarm => pg_sys::WARNING,
+    };
+    let _quiet = Quiet::begin();
+    // SAFETY: the calls of one report below ERROR, in PostgreSQL's order, with C strings; should one raise all the same, the
+    // guard makes a panic of it, which unwinds.
     unsafe {
-        let threshold = pg_sys::client_min_messages;
-        let elevel = match level {
-            Level::Note => pg_sys::LOG_SERVER_ONLY as c_int,
-            Level::Alarm => {
-                pg_sys::client_min_messages = pg_sys::PGERROR as c_int;
-                pg_sys::WARNING as c_int
+        pg_sys::ffi::pg_guard_ffi_boundary(|| {
+            if errstart(elevel as c_int, std::ptr::null()) {
+                errmsg_internal(c"%s".as_ptr(), text.as_ptr());
+                errhidestmt(true);
+                errhidecontext(true);
+                errfinish(c"vod_tender_crypto".as_ptr(), 0, c"audit".as_ptr());
             }
-        };
-        if errstart(elevel, std::ptr::null()) {
-            errmsg_internal(c"%s".as_ptr(), text.as_ptr());
-            errhidestmt(true);
-            errhidecontext(true);
-            errfinish(c"vod_tender_crypto".as_ptr(), 0, c"audit".as_ptr());
+        });
+    }
+}
+
+/// For as long as it lives no interrupt is processed and nothing below ERROR goes to the client.
+struct Quiet {
+    threshold: c_int,
+}
+
+impl Quiet {
+    fn begin() -> Self {
+        // SAFETY: variables of this thread's.
+        unsafe {
+            pg_sys::InterruptHoldoffCount += 1;
+            let threshold = pg_sys::client_min_messages;
+            pg_sys::client_min_messages = pg_sys::PGERROR as c_int;
+            Quiet { threshold }
         }
-        pg_sys::client_min_messages = threshold;
+    }
+}
+
+impl Drop for Quiet {
+    fn drop(&mut self) {
+        // SAFETY: as above. An error that was raised meanwhile has set the count to 0.
+        unsafe {
+            pg_sys::client_min_messages = self.threshold;
+            pg_sys::InterruptHoldoffCount = pg_sys::InterruptHoldoffCount.saturating_sub(1);
+        }
     }
 }

@@ -27,6 +27,9 @@ pub const UNFINISHED: &str = ".new";
 /// End of the name of a request to read everything.
 pub const REQUEST: &str = ".flush";
 
+/// The file that a worker locks, and touches when it has read everything.
+const WORKER_LOCK: &str = "worker.lock";
+
 /// After so many bytes a backend begins another file, and the worker can remove this one.
 const FILE_BYTES: u64 = 64 * 1024;
 
@@ -53,7 +56,7 @@ pub fn make_directory(directory: &Path) -> io::Result<()> {
 
 /// The file that a worker locks for as long as it works.
 pub fn open_worker_lock(directory: &Path) -> io::Result<File> {
-    OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(directory.join("worker.lock"))
+    OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(directory.join(WORKER_LOCK))
 }
 
 /// This backend's end of the queue.
@@ -73,28 +76,26 @@ impl Queue {
             Some(open) => open,
             None => (self.open(durable)?, 0),
         };
+        // SAFETY: reads a setting of the server's.
+        let flushes = durable && unsafe { pg_sys::enableFsync };
         let mut writer = &file;
-        if let Err(error) = writer.write_all(lines.as_bytes()) {
-            // Half a line must not stay. If it does, the file is left: it ends there.
+        let written = writer.write_all(lines.as_bytes()).and_then(|()| if flushes { file.sync_data() } else { Ok(()) });
+        if let Err(error) = written {
+            // Neither half a line nor one that was refused may stay. If it does, the file is left: it ends there.
             if file.set_len(length).is_ok() {
                 self.file = Some((file, length));
             }
             return Err(error);
         }
-        // SAFETY: reads a setting of the server's.
-        if durable && unsafe { pg_sys::enableFsync } {
-            file.sync_data()?;
-        }
         self.file = Some((file, length + lines.len() as u64));
         Ok(())
     }
 
-    /// Says that nothing announced is open, and that there is something to read.
-    pub fn end_transaction(&mut self) {
+    /// Says that nothing announced is open: the next record may be in another file.
+    pub fn rotate(&mut self) {
         if self.file.as_ref().is_some_and(|(_, length)| *length > FILE_BYTES) {
             self.file = None;
         }
-        self.call_worker();
     }
 
     fn open(&mut self, durable: bool) -> io::Result<File> {
@@ -117,8 +118,8 @@ impl Queue {
         Ok(file)
     }
 
-    /// Starts the database's worker unless it works.
-    fn call_worker(&mut self) {
+    /// Says that there is something to read: starts the database's worker unless it works.
+    pub fn call_worker(&mut self) {
         if self.worker_lock.is_none() {
             self.worker_lock = open_worker_lock(&directory(database())).ok();
         }
@@ -169,16 +170,17 @@ fn check_room(directory: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Bytes in files that no session writes any more and that are older than this.
+/// Bytes in files that were written longer ago than this, and that no worker has read since.
 pub fn waiting_bytes(age: Duration) -> u64 {
-    let files = fs::read_dir(directory(database())).into_iter().flatten().flatten();
-    let waiting = |path: PathBuf| {
-        let file = File::open(&path).ok().filter(|_| path.to_string_lossy().ends_with(SUFFIX))?;
-        let metadata = file.metadata().ok()?;
-        let is_old = metadata.modified().ok()?.elapsed().is_ok_and(|since| since > age);
-        (is_old && file.try_lock_shared().is_ok()).then_some(metadata.len())
+    let directory = directory(database());
+    let modified = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+    let read = modified(&directory.join(WORKER_LOCK));
+    let waits = |path: &PathBuf| {
+        let written = modified(path).filter(|_| path.to_string_lossy().ends_with(SUFFIX));
+        written.is_some_and(|written| Some(written) > read && written.elapsed().is_ok_and(|since| since > age))
     };
-    files.filter_map(|file| waiting(file.path())).sum()
+    let files = fs::read_dir(&directory).into_iter().flatten().flatten().map(|file| file.path());
+    files.filter(waits).map(|path| fs::metadata(path).map_or(0, |metadata| metadata.len())).sum()
 }
 
 fn database() -> pg_sys::Oid {

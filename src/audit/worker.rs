@@ -22,6 +22,8 @@ const IDLE_LOOKS: u32 = 20;
 const LOCK_TRIES: u32 = 10;
 /// Read at a time from one file.
 const CHUNK_BYTES: u64 = 1 << 20;
+/// Records in one transaction.
+const BATCH: usize = 5000;
 
 /// Asks the postmaster for a worker. It may have no room for one; whoever writes next asks again.
 pub fn start(database: pg_sys::Oid) {
@@ -42,27 +44,58 @@ pub extern "C-unwind" fn vod_tender_crypto_audit_worker(database: pg_sys::Datum)
     BackgroundWorker::attach_signal_handlers(SignalWakeFlags::SIGHUP | SignalWakeFlags::SIGTERM);
     let database = pg_sys::Oid::from(database.value() as u32);
     let directory = queue::directory(database);
-    let Some(_lock) = become_the_only_one(&directory) else { return };
+    let Some(mut lock) = become_the_only_one(&directory) else { return };
     BackgroundWorker::connect_worker_to_spi_by_oid(Some(database), None);
-    // A file is removed once its records are stored: they must then be on disk, whatever other transactions are content
-    // with.
-    // SAFETY: a setting of PostgreSQL's own with a value that it takes.
-    unsafe {
-        pg_sys::SetConfigOption(
-            c"synchronous_commit".as_ptr(),
-            c"on".as_ptr(),
-            pg_sys::GucContext::PGC_USERSET,
-            pg_sys::GucSource::PGC_S_OVERRIDE,
-        );
-    }
+    keep_settings_out();
     let mut reader = Reader::default();
+    loop {
+        if !work_until_idle(&mut reader, &directory, &lock) {
+            return;
+        }
+        drop(lock);
+        // Whoever wrote while the lock was held has called nobody; whoever writes from now on calls a worker.
+        if !reader.has_news(&directory) {
+            return;
+        }
+        match become_the_only_one(&directory) {
+            Some(again) => lock = again,
+            None => return,
+        }
+    }
+}
+
+/// Settings of the server or the database must not keep the worker from its work. A file is removed once its records are
+/// stored: they must then be on disk, whatever other transactions are content with.
+fn keep_settings_out() {
+    for (name, value) in [
+        (c"role", c"none"),
+        (c"search_path", c"pg_catalog, pg_temp"),
+        (c"plpgsql.extra_errors", c"none"),
+        (c"synchronous_commit", c"on"),
+        (c"default_transaction_read_only", c"off"),
+        (c"default_transaction_isolation", c"read committed"),
+        (c"lock_timeout", c"0"),
+        (c"statement_timeout", c"0"),
+        (c"session_replication_role", c"origin"),
+    ] {
+        let (context, source) = (pg_sys::GucContext::PGC_SUSET, pg_sys::GucSource::PGC_S_OVERRIDE);
+        // SAFETY: settings of PostgreSQL's own with values that it takes.
+        unsafe { pg_sys::SetConfigOption(name.as_ptr(), value.as_ptr(), context, source) };
+    }
+}
+
+/// Works until there was nothing to do for a while. `false` when the worker shall end.
+fn work_until_idle(reader: &mut Reader, directory: &Path, lock: &File) -> bool {
     let mut idle = 0;
     while idle < IDLE_LOOKS {
-        match reader.pass(&directory) {
-            Ok(0) => idle += 1,
-            Ok(_) => {
-                idle = 0;
-                continue;
+        match reader.pass(directory) {
+            Ok(done) => {
+                // When the doctor asks, this says until when everything was read.
+                let _ = lock.set_modified(std::time::SystemTime::now());
+                idle = if done == 0 { idle + 1 } else { 0 };
+                if done > 0 {
+                    continue;
+                }
             }
             Err(error) => {
                 pgrx::warning!("vod_tender_crypto audit worker: {error}");
@@ -70,9 +103,10 @@ pub extern "C-unwind" fn vod_tender_crypto_audit_worker(database: pg_sys::Datum)
             }
         }
         if !BackgroundWorker::wait_latch(Some(PAUSE)) {
-            return;
+            return false;
         }
     }
+    true
 }
 
 /// The lock that one worker of a database holds. A backend that looks whether there is a worker holds it for a moment.
@@ -96,9 +130,9 @@ struct Reader {
     files: HashMap<PathBuf, Progress>,
 }
 
-/// How far a file was read.
+/// How far a file was read. It is opened anew each time: there may be more files than a process may open.
+#[derive(Default)]
 struct Progress {
-    file: File,
     offset: u64,
     /// What was announced and has not come.
     announced: BTreeMap<i64, String>,
@@ -111,44 +145,70 @@ struct Record {
     entry: String,
 }
 
+/// What reading a file has brought.
+struct Found {
+    bytes: u64,
+    /// Whether there may be more of it.
+    is_full: bool,
+    /// Whether nobody will write it any more.
+    is_over: bool,
+}
+
 impl Reader {
     /// Reads what is there, stores it, and removes what is done with. Gives the number of bytes read and files removed.
     fn pass(&mut self, directory: &Path) -> io::Result<u64> {
-        let mut requests = Vec::new();
         let mut finished = Vec::new();
         let mut records = Vec::new();
-        let mut read = 0;
+        let mut done = 0;
         let mut paths: Vec<_> = fs::read_dir(directory)?.filter_map(|file| Some(file.ok()?.path())).collect();
         paths.sort();
-        // What is requested was written before: so requests are looked for first.
-        requests.extend(paths.iter().filter(|path| has_suffix(path, queue::REQUEST)).cloned());
         let mut complete = true;
         for path in paths.iter().filter(|path| has_suffix(path, queue::SUFFIX)) {
-            let progress = match self.files.get_mut(path) {
-                Some(progress) => progress,
-                None => self.files.entry(path.clone()).or_insert(Progress::open(path)?),
-            };
-            // In this order: what its owner wrote before it ended is then read.
-            let is_over = progress.file.try_lock().is_ok();
+            let progress = self.files.entry(path.clone()).or_default();
             let source = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            let bytes = progress.read(&source, is_over, &mut records)?;
-            read += bytes;
-            complete &= bytes < CHUNK_BYTES;
-            if is_over && bytes == 0 {
-                progress.abandon(&source, &mut records);
-                finished.push(path.clone());
+            match progress.read(path, &source, &mut records) {
+                Ok(found) => {
+                    done += found.bytes;
+                    complete &= !found.is_full;
+                    if found.is_over && found.bytes == 0 {
+                        progress.abandon(&source, &mut records);
+                        finished.push(path.clone());
+                    }
+                }
+                // One file's trouble must not hold up the others, nor lose what was read of them.
+                Err(error) => {
+                    complete = false;
+                    pgrx::warning!("vod_tender_crypto audit worker: {}: {error}", path.display());
+                }
             }
         }
-        store(&records);
+        for batch in records.chunks(BATCH) {
+            store(batch);
+        }
         for path in finished {
             self.files.remove(&path);
             fs::remove_file(path)?;
-            read += 1;
+            done += 1;
         }
+        // What is requested was written before the files were looked at.
         if complete {
-            requests.into_iter().try_for_each(fs::remove_file)?;
+            let requests = paths.iter().filter(|path| has_suffix(path, queue::REQUEST));
+            requests.for_each(|request| drop(fs::remove_file(request)));
         }
-        Ok(read)
+        Ok(done)
+    }
+}
+
+impl Reader {
+    /// Whether there is something that was not read.
+    fn has_news(&self, directory: &Path) -> bool {
+        let files = fs::read_dir(directory).into_iter().flatten().flatten();
+        let is_news = |path: PathBuf| {
+            let read = self.files.get(&path).map_or(0, |progress| progress.offset);
+            let length = fs::metadata(&path).map_or(0, |metadata| metadata.len());
+            has_suffix(&path, queue::REQUEST) || (has_suffix(&path, queue::SUFFIX) && length > read)
+        };
+        files.map(|file| file.path()).any(is_news)
     }
 }
 
@@ -157,18 +217,18 @@ fn has_suffix(path: &Path, suffix: &str) -> bool {
 }
 
 impl Progress {
-    fn open(path: &Path) -> io::Result<Self> {
-        Ok(Progress { file: File::open(path)?, offset: 0, announced: BTreeMap::new() })
-    }
-
-    /// Reads whole lines; of a file that is over, the rest too. Gives the number of bytes.
-    fn read(&mut self, source: &str, is_over: bool, records: &mut Vec<Record>) -> io::Result<u64> {
-        self.file.seek(SeekFrom::Start(self.offset))?;
+    /// Reads whole lines; of a file that is over, the rest too.
+    fn read(&mut self, path: &Path, source: &str, records: &mut Vec<Record>) -> io::Result<Found> {
+        let mut file = File::open(path)?;
+        // In this order: what its owner wrote before it ended is then read.
+        let is_over = file.try_lock_shared().is_ok();
+        file.seek(SeekFrom::Start(self.offset))?;
         let mut bytes = Vec::new();
-        (&self.file).take(CHUNK_BYTES).read_to_end(&mut bytes)?;
+        file.take(CHUNK_BYTES).read_to_end(&mut bytes)?;
+        let is_full = bytes.len() as u64 == CHUNK_BYTES;
         let end = match bytes.iter().rposition(|&byte| byte == b'\n') {
             Some(end) => end + 1,
-            None if is_over || bytes.len() as u64 == CHUNK_BYTES => bytes.len(),
+            None if is_over || is_full => bytes.len(),
             None => 0,
         };
         for line in bytes[..end].split_inclusive(|&byte| byte == b'\n') {
@@ -189,7 +249,7 @@ impl Progress {
             }
             self.offset += line.len() as u64;
         }
-        Ok(end as u64)
+        Ok(Found { bytes: end as u64, is_full, is_over })
     }
 
     /// What was announced and will not come any more.
@@ -211,16 +271,17 @@ fn parse(line: &[u8]) -> Option<(&str, i64, &str)> {
 
 /// Writes records into the table, in one transaction.
 fn store(records: &[Record]) {
-    if records.is_empty() {
-        return;
-    }
+    // SAFETY: returns a static.
+    let is_utf8 = unsafe { pg_sys::GetDatabaseEncoding() } == pg_sys::pg_enc::PG_UTF8 as i32;
     let sources: Vec<_> = records.iter().map(|record| record.source.clone()).collect();
     let numbers: Vec<_> = records.iter().map(|record| record.number).collect();
-    let entries: Vec<_> = records.iter().map(|record| entry::ascii(&record.entry)).collect();
+    let times: Vec<_> = records.iter().map(|record| entry::time(&record.entry)).collect();
+    let readable = |text: &String| if is_utf8 { text.clone() } else { entry::without_escapes(text) };
+    let entries: Vec<_> = records.iter().map(|record| readable(&record.entry)).collect();
     BackgroundWorker::transaction(AssertUnwindSafe(move || {
         let stored = Spi::get_one_with_args::<i64>(
-            "SELECT vod_tender_crypto.store_audit($1, $2, $3)",
-            &[sources.into(), numbers.into(), entries.into()],
+            "SELECT vod_tender_crypto.store_audit($1, $2, $3, $4)",
+            &[sources.into(), numbers.into(), times.into(), entries.into()],
         );
         if let Err(error) = stored {
             pgrx::error!("vod_tender_crypto audit worker could not store records: {error}");

@@ -106,7 +106,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = measure(arguments.rows, arguments.repeats)
     report.show("audit", text(found), write=arguments.write)
-    worst = max(found["medians"][name] for name in VARIANTS) / found["medians"]["off"] - 1
+    worst = max(found["medians"].values()) / found["medians"]["off"] - 1
     if arguments.enforce and (share(found) >= CHECK_TARGET or 100 * worst >= AUDIT_TARGET):
         sys.exit("a target was missed")
 

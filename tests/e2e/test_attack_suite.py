@@ -569,7 +569,7 @@ def test_writing_the_extensions_tables(database, admin, people, with_jobs):
         for call in ("grant_key('default', current_user::regrole, '{decrypt}')", "revoke_key('default', 'postgres')",
                      "add_key('mine', 'local:///x')", "drop_key('default')", "set_key_state('default', 'active')",
                      "retire_key('default')", "grant_jobs('postgres')", "grant_audit('postgres')", "prune_audit(now())",
-                     "watch_honey('x'::text)", "store_audit('{}', '{}', '{}')", "honey_mark('x'::text)"):
+                     "watch_honey('x'::text)", "store_audit('{}', '{}', '{}', '{}')", "honey_mark('x'::text)"):
             with fails(NO_RIGHT, "permission denied for function"):
                 user.execute(f"SELECT vod_tender_crypto.{call}")
 

@@ -5,6 +5,7 @@ Where `audit_required` is on, nothing a client has received is without a record.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ import psycopg
 import pytest
 
 from helpers import one
+from jobs import wait_until
 from test_audit import make_database, records
 
 WORKER = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'vod_tender_crypto audit'"
@@ -27,18 +29,27 @@ def server(make_cluster, extension):
 
 def wait_until_ended(connection) -> None:
     """Returns when the server has ended this session, as it does with all when one is killed."""
-    with pytest.raises(psycopg.OperationalError):
-        while True:
+    def has_ended() -> bool:
+        try:
             connection.execute("SELECT 1")
+        except psycopg.OperationalError:
+            return True
+        return False
+
+    wait_until(has_ended)
 
 
 def wait_until_accepting(server) -> psycopg.Connection:
     """A session after the server's recovery: a connection that is refused meanwhile is tried again."""
-    while True:
-        try:
-            return server.connect("audited", connect_timeout=10)
-        except psycopg.OperationalError:
-            continue
+    sessions = []
+
+    def accepts() -> bool:
+        with contextlib.suppress(psycopg.OperationalError):
+            sessions.append(server.connect("audited", connect_timeout=10))
+        return bool(sessions)
+
+    wait_until(accepts)
+    return sessions[0]
 
 
 def read_in_transaction(connection, value: str) -> str:
@@ -67,13 +78,8 @@ def test_what_was_returned_before_a_kill_is_recorded(server, victim):
             # There is one while the queue is not empty; it has not ended since it stored the first record, or is called again.
             with server.connect("audited") as other:
                 one(other, "SELECT envelope_encrypt('x')")
-                pid = None
-                while pid is None:
-                    row = watcher.execute(WORKER).fetchone()
-                    pid = row[0] if row else None
-                    if pid is None:
-                        one(other, "SELECT envelope_encrypt('x')")
-            kill(pid)
+                wait_until(lambda: one(other, "SELECT envelope_encrypt('x')") and watcher.execute(WORKER).fetchone() is not None)
+                kill(watcher.execute(WORKER).fetchone()[0])
         else:
             server.kill9()
             server.start()
@@ -109,9 +115,8 @@ def test_a_session_that_is_terminated_while_it_waits_for_a_key_service_has_its_r
     waiting = threading.Thread(target=lambda: pytest.raises(psycopg.Error, session.execute, "SELECT envelope_encrypt('x', 'gone')"))
     waiting.start()
     with server.connect("audited") as watcher:
-        while one(watcher, "SELECT count(*) FROM pg_stat_activity WHERE pid = %s AND wait_event_type = 'Extension'",
-                  session.info.backend_pid) == 0:
-            pass
+        wait_until(lambda: one(watcher, "SELECT count(*) FROM pg_stat_activity WHERE pid = %s AND wait_event_type = 'Extension'",
+                               session.info.backend_pid) == 1)
         one(watcher, "SELECT pg_terminate_backend(%s, 10000)", session.info.backend_pid)
         waiting.join()
         found = [r for r in records(watcher) if r["operation"] == "decrypt"]
@@ -140,8 +145,7 @@ def test_under_kills_everything_that_was_returned_has_a_record(server):
         before = len(received)
         for reader in readers:
             reader.start()
-        while len(received) < before + 10:
-            pass
+        wait_until(lambda: len(received) >= before + 10)
         if number % 2:
             server.kill9()
         else:

@@ -39,7 +39,7 @@ def test_a_standby_reads_and_its_log_has_the_record(standby):
         assert one(session, "SELECT pg_is_in_recovery()")
         assert one(session, "SELECT envelope_decrypt(v) FROM t") == "token"
         assert one(session, "SELECT vod_tender_crypto.flush_audit()") is False, "there is no worker"
-    assert [(r["operation"], r["outcome"], r["values"]) for r in logged(standby, since)] == [("decrypt", "ok", 1)]
+    assert [(r["operation"], r["outcome"], r["value_count"]) for r in logged(standby, since)] == [("decrypt", "ok", 1)]
     assert "vod_tender_crypto audit begins: " in standby.log_text(since), "where it is required, it is announced"
 
 

@@ -24,6 +24,7 @@ SET_UP = {
     "log_min_duration_statement": "-1",
     "log_parameter_max_length": "0",
     "log_parameter_max_length_on_error": "0",
+    "max_worker_processes": "10",
     "vod_tender_crypto.audit": "table",
     "vod_tender_crypto.audit_required": "on",
 }
@@ -645,6 +646,12 @@ def test_settings_of_the_extension(db, session, app, setting, value, finding, se
         session.execute(f"ALTER {scope} RESET {name}")
 
 
+def test_alarms_that_would_not_be_logged(db, session, app):
+    for level in ("error", "panic"):
+        session.execute(f"ALTER ROLE {app} SET log_min_messages = {level}")
+        assert findings(session) == [("warning", "alarms_unlogged", f"log_min_messages (role {app})")]
+
+
 # -- access and audit ----------------------------------------------------------------------------------------------
 
 
@@ -668,11 +675,13 @@ def test_records_that_no_worker_stores(_neutral_environment, extension):
         cluster.psql("CREATE ROLE crowded LOGIN")
         set_up(database, "crowded")
         with database.connect() as session:
-            assert findings(session) == [], "what was just written may wait"
+            no_room = ("notice", "worker_room", "max_worker_processes")
+            assert findings(session) == [no_room], "what was just written may wait"
             queue = next((cluster.data / "vod_tender_crypto" / "audit").iterdir())
             for waiting in queue.glob("*.audit"):
-                os.utime(waiting, (1, 1))
-            assert findings(session) == [("warning", "audit_waits", "vod_tender_crypto.audit")]
+                os.utime(waiting, (2, 2))
+            os.utime(queue / "worker.lock", (1, 1))  # when a worker has read everything
+            assert findings(session) == [("warning", "audit_waits", "vod_tender_crypto.audit"), no_room]
 
 
 # -- what it cannot look at --------------------------------------------------------------------------------------

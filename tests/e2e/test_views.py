@@ -955,3 +955,40 @@ def test_the_examples_of_the_page(connection, reader):
     for example in examples[1:]:
         connection.execute(example.replace("app_writer", reader))
     assert len(examples) == 4 and one(connection, "SELECT to_regclass('tokens') IS NULL")
+
+
+# -- what was found by review --------------------------------------------------------------------------------------
+
+
+def test_a_column_of_bound_values_is_not_taken_for_an_unbound_one(connection):
+    connection.execute("CREATE TABLE t (id int PRIMARY KEY, token text)")
+    connection.execute("INSERT INTO t VALUES (1, envelope_encrypt('one', aad => '1')), (2, NULL)")
+    with fails(NOT_READY, "bound to an aad"):
+        make_view(connection, columns=["token"])
+    make_view(connection, columns=["token"], aad="id::text")
+    assert rows(connection, "SELECT token FROM v WHERE id = 1") == [("one",)]
+    connection.execute("CREATE TABLE u (id int PRIMARY KEY, token text); INSERT INTO u VALUES (1, envelope_encrypt('one'))")
+    with fails(NOT_READY, "not bound to an aad"):
+        make_view(connection, "u", "w", columns=["token"], aad="id::text")
+
+
+def test_a_renamed_column_is_found_again_through_its_registration(connection):
+    connection.execute("CREATE TABLE t (id int PRIMARY KEY, token text)")
+    make_view(connection, columns=["token"], aad="id::text")
+    connection.execute("INSERT INTO v VALUES (1, 'one'); SELECT vod_tender_crypto.drop_decrypting_view('v')")
+    connection.execute("ALTER TABLE t RENAME token TO access")
+    with fails(NOT_READY, "bound to an aad"):
+        make_view(connection, columns=["access"])
+    connection.execute("UPDATE vod_tender_crypto.protected_column SET column_name = 'access'")
+    make_view(connection)
+    assert rows(connection, "TABLE v") == [(1, "one")]
+
+
+def test_a_view_keeps_its_set_columns(connection):
+    connection.execute("CREATE TABLE t (id int PRIMARY KEY, token text, note text DEFAULT 'none')")
+    make_view(connection, columns=["token"], set_columns={"note": "version {version}"})
+    make_view(connection)
+    connection.execute("INSERT INTO v (id, token) VALUES (1, 'one')")
+    make_view(connection, set_columns={})
+    connection.execute("INSERT INTO v (id, token) VALUES (2, 'two')")
+    assert rows(connection, "SELECT note FROM t ORDER BY id") == [("version 2",), ("none",)]

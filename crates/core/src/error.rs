@@ -139,10 +139,10 @@ impl Error {
 }
 
 impl Error {
-    /// The key that it is about, where it names one.
+    /// The configured key that it is about, where it names one.
     pub fn key(&self) -> Option<&str> {
         match self {
-            Error::UnknownKey(key) | Error::KeyContext(key) => Some(key),
+            Error::KeyContext(key) => Some(key),
             Error::KeyState { name: key, .. } | Error::NotGranted { key, .. } | Error::Service { key, .. } => Some(key),
             _ => None,
         }

@@ -10,7 +10,9 @@ WHERE d.classid = 'pg_proc'::regclass AND d.deptype = 'e' AND e.extname = 'vod_t
 ORDER BY p.pronamespace::regnamespace::text COLLATE "C", p.proname COLLATE "C", pg_get_function_arguments(p.oid) COLLATE "C";
 \pset format aligned
 \d vod_tender_crypto.kek
-SELECT extcondition, extconfig::regclass[] FROM pg_extension WHERE extname = 'vod_tender_crypto';
+SELECT c.relation::regclass, c.condition
+FROM pg_extension e, unnest(e.extconfig, e.extcondition) c(relation, condition)
+WHERE e.extname = 'vod_tender_crypto' ORDER BY c.relation::regclass::text;
 -- Once more elsewhere; the administrative schema stays where it is.
 DROP EXTENSION vod_tender_crypto;
 CREATE SCHEMA crypto;

@@ -72,8 +72,8 @@ impl Session {
                 Ok(ReadAs::Envelope)
             }
             Stored::Literal { blob, payload } => {
+                watch(run, &payload, &run.keyring.default_key, &Context::empty());
                 let (opened, admitted) = self.opened_literal(run, &blob)?;
-                watch(run, &payload, &opened.kek.name, &opened.context);
                 self.open_literal(&opened, &payload, reading, value.kind(), sink)?;
                 run.gate.done(admitted);
                 Ok(ReadAs::Envelope)

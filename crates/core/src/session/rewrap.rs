@@ -61,10 +61,10 @@ impl Session {
             return Ok(None);
         }
         let to = run.gate.admit_anew(Privilege::Rewrap, &target.name, &header.context)?;
-        let (source, fresh) = self.rewrapped(run, target, &header, own)?;
+        let (source, from, fresh) = self.rewrapped(run, target, &header, own)?;
         let mut moved = vec![to];
         if own != Some(source) {
-            moved.push(run.gate.admit_anew(Privilege::Rewrap, header.wraps[source].key_name, &header.context)?);
+            moved.push(from);
         }
         if own == Some(source) && header.wraps[source].kek_id == fresh.kek_id {
             return Ok(None);
@@ -89,14 +89,14 @@ impl Session {
         target: &Kek,
         header: &Header<'_>,
         own: Option<usize>,
-    ) -> Result<(usize, WrappedDek)> {
+    ) -> Result<(usize, Admitted, WrappedDek)> {
         let order = own.into_iter().chain((0..header.wraps.len()).filter(|&at| Some(at) != own));
         let mut failure = None;
         for at in order {
             // A wrap that replaces another one must be seen to hold the payload's DEK.
             let replaces_own = own.is_some_and(|own| own != at);
             match self.rewrap_one(run, target, header, &header.wraps[at], replaces_own) {
-                Ok(fresh) => return Ok((at, fresh)),
+                Ok((from, fresh)) => return Ok((at, from, fresh)),
                 // Its own wrap may be good, only not now: it is not to be replaced.
                 Err(error) if Some(at) == own && is_passing(&error) => return Err(error),
                 Err(error) => failure = Some(more_telling(failure, error)),
@@ -112,7 +112,7 @@ impl Session {
         header: &Header<'_>,
         wrap: &Wrap<'_>,
         must_check: bool,
-    ) -> Result<WrappedDek> {
+    ) -> Result<(Admitted, WrappedDek)> {
         let source = usable_kek(run, wrap.key_name, &header.context)?;
         // By the right to rewrap alone: what moves inside a key service is not opened here.
         run.gate.require(Privilege::Rewrap, &source.name)?;
@@ -121,13 +121,14 @@ impl Session {
             run.gate.require(Privilege::Rewrap, owner)?;
             run.gate.require_move(owner, &target.name)
         })?;
+        let from = run.gate.admit_anew(Privilege::Rewrap, &source.name, &header.context)?;
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
         let commitment = must_check.then_some(header.commitment);
         let known = self.rewraps.get(&target.name, wrap, commitment, now, &limits);
         // What was learned before the target's key was replaced is of no use.
         if let Some(known) = known.filter(|known| target.provider.is_current(&known.kek_id) != Some(false)) {
-            return Ok(known.clone());
+            return Ok((from, known.clone()));
         }
         let wrapped = WrappedRef { kek_id: Some(wrap.kek_id), bytes: wrap.wrapped_dek };
         let inside = match must_check {
@@ -144,7 +145,7 @@ impl Session {
             }
         };
         self.rewraps.put(&target.name, wrap, commitment, &fresh, now, &limits);
-        Ok(fresh)
+        Ok((from, fresh))
     }
 }
 

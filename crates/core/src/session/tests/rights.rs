@@ -201,10 +201,10 @@ fn a_watched_value_raises_the_alarm_also_when_it_does_not_open() {
     world.decrypt_bytes(&value, none()).unwrap_err();
     assert_eq!(world.gate.take_alarms().len(), 1);
     assert_eq!(world.decrypt_bytes(&value, aad("row")).unwrap(), b"honey");
-    assert_eq!(world.gate.take_alarms()[0].key, "main");
+    assert_eq!(world.gate.take_alarms()[0].0.key, "main");
     world.enter(1, &[]);
     world.decrypt_bytes(&value, aad("row")).unwrap_err();
-    assert_eq!(world.gate.take_alarms()[0].party, 1);
+    assert_eq!(world.gate.take_alarms()[0].0.party, 1);
     // It stays what it is under another key.
     world.add("next", "id-2", "{}", false, true);
     world.enter(0, &[("main", Rewrap), ("next", Rewrap)]);
@@ -215,6 +215,40 @@ fn a_watched_value_raises_the_alarm_also_when_it_does_not_open() {
     world.gate.begin(Function::Decrypt);
     world.decrypt_bytes(&moved, aad("row")).unwrap();
     assert_eq!(world.gate.take_alarms().len(), 1);
+}
+
+#[test]
+fn a_literal_form_is_watched_too() {
+    let mut world = World::new();
+    let payload = [7; 40];
+    let value = format!("kms:v2:{}:{}", armor::encode(b"a blob of the service's"), armor::encode(&payload));
+    world.keyring.honey.add(&crate::keyring::Honey::mark(&payload).unwrap());
+    world.gate.begin(Function::Decrypt);
+    world.enter(1, &[]);
+    refused(world.decrypt(&value, none()), "main");
+    assert_eq!(world.gate.take_alarms().len(), 1);
+}
+
+#[test]
+fn very_many_uses_are_to_be_written_before_the_end() {
+    let mut world = World::new();
+    let mut written = 0;
+    for n in 0..2500 {
+        let context = Context::from_json(&format!(r#"{{"n": "{n}"}}"#)).unwrap();
+        world.encrypt("x", Sealing { context: Some(&context), ..Sealing::default() }).unwrap();
+        if world.gate.is_full() {
+            written += world.gate.take().len();
+        }
+    }
+    assert_eq!(written, 2000);
+    assert_eq!(world.gate.take().len(), 500);
+    let large = Context::from_json(&format!(r#"{{"n": "{}"}}"#, "x".repeat(60_000))).unwrap();
+    for n in 0..18 {
+        assert!(!world.gate.is_full(), "{n}");
+        let own = large.with(&Context::from_json(&format!(r#"{{"m": "{n}"}}"#)).unwrap()).unwrap();
+        world.encrypt("x", Sealing { context: Some(&own), ..Sealing::default() }).unwrap();
+    }
+    assert!(world.gate.is_full());
 }
 
 fn armor_to_bytes(text: &str) -> Vec<u8> {

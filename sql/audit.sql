@@ -46,6 +46,7 @@ AS $$
 DECLARE
     chain vod_tender_crypto.audit_chain;
     fresh record;
+    next_hash bytea;
     stored bigint := 0;
 BEGIN
     INSERT INTO vod_tender_crypto.audit_chain DEFAULT VALUES ON CONFLICT ON CONSTRAINT audit_chain_pkey DO NOTHING;
@@ -58,12 +59,16 @@ BEGIN
         WHERE NOT EXISTS (SELECT FROM vod_tender_crypto.audit_record r WHERE r.source = e.source AND r.number = e.number)
         ORDER BY e.place
     LOOP
-        chain.last_seq := chain.last_seq + 1;
-        chain.last_hash := vod_tender_crypto.audit_hash(chain.last_hash, chain.last_seq, vod_tender_crypto.unix_us(fresh.at),
-                                                         fresh.source, fresh.number, fresh.entry);
+        next_hash := vod_tender_crypto.audit_hash(chain.last_hash, chain.last_seq + 1, vod_tender_crypto.unix_us(fresh.at),
+                                                  fresh.source, fresh.number, fresh.entry);
         INSERT INTO vod_tender_crypto.audit_record (seq, at, source, number, entry, hash)
-        VALUES (chain.last_seq, fresh.at, fresh.source, fresh.number, fresh.entry, chain.last_hash);
-        stored := stored + 1;
+        VALUES (chain.last_seq + 1, fresh.at, fresh.source, fresh.number, fresh.entry, next_hash)
+        ON CONFLICT ON CONSTRAINT audit_record_source_number_key DO NOTHING;
+        IF FOUND THEN
+            chain.last_seq := chain.last_seq + 1;
+            chain.last_hash := next_hash;
+            stored := stored + 1;
+        END IF;
     END LOOP;
     UPDATE vod_tender_crypto.audit_chain c SET last_seq = chain.last_seq, last_hash = chain.last_hash;
     RETURN stored;

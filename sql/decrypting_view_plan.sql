@@ -140,9 +140,16 @@ CREATE FUNCTION vod_tender_crypto.check_view_name(target regclass, schema_name n
 AS $$
 DECLARE
     existing regclass := to_regclass(format('%I.%I', check_view_name.schema_name, check_view_name.view_name));
+    owner oid := (SELECT c.relowner FROM pg_class c WHERE c.oid = check_view_name.target);
     function_name name;
 BEGIN
     IF existing IS NOT NULL THEN
+        -- Whoever owns it could have given it triggers, or a function that looks like ours.
+        IF owner <> (SELECT c.relowner FROM pg_class c WHERE c.oid = existing) THEN
+            RAISE EXCEPTION USING ERRCODE = 'duplicate_table',
+                MESSAGE = format('relation %s already exists', existing),
+                DETAIL = format('It does not belong to the owner of %s.', check_view_name.target);
+        END IF;
         SELECT p.proname INTO function_name FROM pg_proc p
         WHERE p.oid = vod_tender_crypto.view_function(existing)
           AND EXISTS (SELECT FROM pg_rewrite r JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
@@ -159,7 +166,7 @@ BEGIN
     -- One that a view left behind, when it was dropped with its table, may be used again.
     IF EXISTS (SELECT FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
                WHERE n.nspname = check_view_name.schema_name AND p.proname = function_name AND p.pronargs = 0
-                 AND NOT (vod_tender_crypto.is_view_function(p.oid)
+                 AND NOT (p.proowner = owner AND vod_tender_crypto.is_view_function(p.oid)
                           AND NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgfoid = p.oid))) THEN
         RAISE EXCEPTION USING ERRCODE = 'duplicate_function',
             MESSAGE = format('function %I.%I() already exists', check_view_name.schema_name, function_name),
@@ -287,9 +294,11 @@ BEGIN
                 HINT = 'Omit context to use the registered one.';
         END IF;
         IF NOT col.is_registered THEN
-            EXECUTE format('SELECT EXISTS (SELECT FROM %1$s t WHERE %2$s.is_envelope(t.%3$I)
-                                AND (%2$s.envelope_info(t.%3$I) ->> ''aad'')::boolean IS DISTINCT FROM %4$L)',
-                v.table_name, v.crypto, col.column_name, col.new_aad IS NOT NULL) INTO other_binding;
+            SELECT bool_or(CASE WHEN col.new_aad IS NULL THEN b.bound > 0 ELSE b.unbound > 0 END) INTO other_binding
+            FROM vod_tender_crypto.storing_relations(v.target) s(relation)
+            JOIN pg_attribute a ON a.attrelid = s.relation AND a.attname = col.column_name AND NOT a.attisdropped
+            CROSS JOIN LATERAL vod_tender_crypto.count_bound(s.relation, a.attnum) b
+            WHERE NOT row_security_active(s.relation);
             IF other_binding THEN
                 RAISE EXCEPTION USING ERRCODE = 'object_not_in_prerequisite_state',
                     MESSAGE = format('column %I of %s holds values that are %s to an aad', col.column_name, v.target,

@@ -150,13 +150,12 @@ impl Audit {
     /// there. Of many in one transaction the first, the tenth, the hundredth and so on are in the log.
     pub fn alarms(&mut self, gate: &mut Gate) {
         for (used, tally) in gate.take_alarms() {
-            let first = tally.values == 1;
-            let is_power_of_ten = (0..20).any(|power| tally.values == 10u64.pow(power.min(19)));
-            if is_power_of_ten {
+            if tally.values >= tally.alarmed.saturating_mul(10).max(1) {
+                tally.alarmed = 10u64.pow(tally.values.ilog10());
                 let entry = self.entry(&used, tally, Ending::Unknown);
                 server_log::write(Level::Alarm, &format!("vod_tender_crypto honey value was asked for: {entry}"));
             }
-            if first && mode() == AuditMode::Table {
+            if tally.announced.is_none() && mode() == AuditMode::Table {
                 let number = self.next_number();
                 let line = queue::line(queue::BEGIN, number, &self.entry(&used, tally, Ending::Unknown));
                 if self.queue.append(&line, settings::audit_required()).is_ok() {

@@ -52,10 +52,18 @@ pub fn with<T>(
         let backend = Backend::current(slot)?;
         backend.refresh();
         backend.audit.borrow_mut().callers.enter(&mut backend.gate);
-        backend.gate.begin(function);
+        // Not when a call ends: its caller may have a failure to note.
+        if backend.gate.is_full() {
+            let audit = Rc::clone(&backend.audit);
+            audit.borrow_mut().write(&mut backend.gate, None);
+        }
+        let before = backend.gate.begin(function);
         let mut run = Run::new(&backend.keyring, backend.policy, &mut backend.waiter, &mut backend.gate);
         let result = work(&mut backend.session, &mut run);
         backend.note(result.as_ref().err(), kind);
+        if function == Function::Other {
+            backend.gate.resume(before);
+        }
         result
     })
 }
@@ -209,9 +217,6 @@ impl Backend {
         }
         if self.gate.has_alarms() {
             self.audit.borrow_mut().alarms(&mut self.gate);
-        }
-        if self.gate.is_full() {
-            self.audit.borrow_mut().write(&mut self.gate, None);
         }
     }
 

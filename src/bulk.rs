@@ -247,7 +247,8 @@ mod vod_tender_crypto {
         if not_prepared {
             return Err(refused(value).unwrap_or_else(|| RETRY.to_owned()));
         }
-        if let (BulkOperation::Verify, Error::Service { .. }, Some(head)) = (task.operation, &error, needed_head(value))
+        if let (BulkOperation::Verify, Error::Service { .. }) = (task.operation, &error)
+            && let Some(head) = needed_head(value)
         {
             refuse(&head, &error);
         }

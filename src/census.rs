@@ -11,7 +11,8 @@ mod vod_tender_crypto {
     use pgrx::prelude::*;
     use pgrx::{FromDatum, PgMemoryContexts};
     use vod_tender_core::access::Function;
-    use vod_tender_core::stored::Value;
+    use vod_tender_core::envelope::Header;
+    use vod_tender_core::stored::{Stored, Value};
 
     use crate::arguments::to_utf8;
     use crate::errors::{raise, throw};
@@ -25,11 +26,48 @@ mod vod_tender_crypto {
         column: i16,
     ) -> TableIterator<'static, (name!(under, String), name!(value_count, i64))> {
         let mut counts: HashMap<String, i64> = HashMap::new();
+        scan(relation, column, |stored, is_bytea| {
+            if let Some(label) = label(stored, is_bytea) {
+                *counts.entry(label).or_default() += 1;
+            }
+        });
+        TableIterator::new(counts)
+    }
+
+    /// How many envelopes of a column are bound to an aad, and how many are not.
+    #[pg_extern(stable, parallel_restricted)]
+    fn count_bound(
+        relation: pg_sys::Oid,
+        column: i16,
+    ) -> TableIterator<'static, (name!(bound, i64), name!(unbound, i64))> {
+        let (mut bound, mut unbound) = (0, 0);
+        scan(relation, column, |stored, is_bytea| {
+            let text = if is_bytea { None } else { to_utf8(stored) };
+            let value = text.as_deref().map_or(Value::Bytes(stored), Value::Text);
+            let is_bound = match Stored::parse(value) {
+                Ok(Stored::Envelope { header, .. }) => Header::parse(&header).map(|header| header.has_aad).ok(),
+                Ok(Stored::Literal { .. }) => Some(false),
+                _ => None,
+            };
+            match is_bound {
+                Some(true) => bound += 1,
+                Some(false) => unbound += 1,
+                None => {}
+            }
+        });
+        TableIterator::once((bound, unbound))
+    }
+
+    /// Calls `look` with each value of a column, and whether it is a bytea. A table that is gone has none.
+    fn scan(relation: pg_sys::Oid, column: i16, mut look: impl FnMut(&[u8], bool)) {
         // SAFETY: the steps of a sequential scan, in order; an error in between leaves all of it to PostgreSQL's own clean-up
         // of the transaction. A value is looked at before the next one is fetched, in memory that is given back then.
         unsafe {
             let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
-            let table = pg_sys::table_open(relation, lock);
+            let table = pg_sys::try_table_open(relation, lock);
+            if table.is_null() {
+                return;
+            }
             let is_bytea = check_readable(table, column);
             let (none, snapshot) = (std::ptr::null_mut(), pg_sys::GetActiveSnapshot());
             let scan = pg_sys::systable_beginscan(table, pg_sys::InvalidOid, false, snapshot, 0, none);
@@ -40,20 +78,18 @@ mod vod_tender_crypto {
                 if tuple.is_null() {
                     break;
                 }
-                let label = memory.switch_to(|_| {
+                memory.switch_to(|_| {
                     let mut is_null = true;
                     let stored = pg_sys::SPI_getbinval(tuple, (*table).rd_att, i32::from(column), &mut is_null);
-                    <&[u8]>::from_datum(stored, is_null).and_then(|stored| label(stored, is_bytea))
+                    if let Some(stored) = <&[u8]>::from_datum(stored, is_null) {
+                        look(stored, is_bytea);
+                    }
                 });
-                if let Some(label) = label {
-                    *counts.entry(label).or_default() += 1;
-                }
                 memory.reset();
             }
             pg_sys::systable_endscan(scan);
             pg_sys::table_close(table, lock);
         }
-        TableIterator::new(counts)
     }
 
     /// Raises where the caller may not read all of the column, or it holds no text and no bytea; gives which of them.

@@ -72,7 +72,11 @@ pgrx::extension_sql_file!(
 pgrx::extension_sql_file!("../sql/job_steps.sql", name = "job_steps", requires = ["job_plan"]);
 pgrx::extension_sql_file!("../sql/job_run.sql", name = "job_run", requires = ["job_steps"]);
 pgrx::extension_sql_file!("../sql/jobs.sql", name = "jobs", requires = ["job_run"]);
-pgrx::extension_sql_file!("../sql/decrypting_view_plan.sql", name = "decrypting_view_plan", requires = ["jobs"]);
+pgrx::extension_sql_file!(
+    "../sql/decrypting_view_plan.sql",
+    name = "decrypting_view_plan",
+    requires = ["jobs", census::vod_tender_crypto::count_bound]
+);
 pgrx::extension_sql_file!(
     "../sql/decrypting_view_triggers.sql",
     name = "decrypting_view_triggers",

@@ -63,6 +63,8 @@ pub fn open_worker_lock(directory: &Path) -> io::Result<File> {
 #[derive(Default)]
 pub struct Queue {
     file: Option<(File, u64)>,
+    /// Whether the file's name is on disk.
+    is_named_on_disk: bool,
     /// Number of files made so far.
     files: u64,
     worker_lock: Option<File>,
@@ -74,12 +76,13 @@ impl Queue {
     pub fn append(&mut self, lines: &str, durable: bool) -> io::Result<()> {
         let (file, length) = match self.file.take() {
             Some(open) => open,
-            None => (self.open(durable)?, 0),
+            None => (self.open()?, 0),
         };
         // SAFETY: reads a setting of the server's.
         let flushes = durable && unsafe { pg_sys::enableFsync };
-        let mut writer = &file;
-        let written = writer.write_all(lines.as_bytes()).and_then(|()| if flushes { file.sync_data() } else { Ok(()) });
+        let written = reserve(&file, length, lines.len() as u64)
+            .and_then(|()| (&file).write_all(lines.as_bytes()))
+            .and_then(|()| if flushes { self.flush(&file) } else { Ok(()) });
         if let Err(error) = written {
             // Neither half a line nor one that was refused may stay. If it does, the file is left: it ends there.
             if file.set_len(length).is_ok() {
@@ -98,7 +101,7 @@ impl Queue {
         }
     }
 
-    fn open(&mut self, durable: bool) -> io::Result<File> {
+    fn open(&mut self) -> io::Result<File> {
         let directory = directory(database());
         make_directory(&directory)?;
         check_room(&directory)?;
@@ -111,11 +114,21 @@ impl Queue {
         // Locked before it can be seen: a file without a lock is one that nobody writes.
         file.try_lock().map_err(io::Error::from)?;
         fs::rename(unfinished, directory.join(format!("{name}{SUFFIX}")))?;
-        // SAFETY: as above.
-        if durable && unsafe { pg_sys::enableFsync } {
-            File::open(&directory)?.sync_all()?;
-        }
+        self.is_named_on_disk = false;
         Ok(file)
+    }
+
+    /// Puts the file on disk, and once its name and those of its directories.
+    fn flush(&mut self, file: &File) -> io::Result<()> {
+        file.sync_data()?;
+        if !self.is_named_on_disk {
+            // The database's directory, and the two above it that are ours.
+            for directory in directory(database()).ancestors().take(4) {
+                File::open(directory)?.sync_all()?;
+            }
+            self.is_named_on_disk = true;
+        }
+        Ok(())
     }
 
     /// Says that there is something to read: starts the database's worker unless it works.
@@ -153,6 +166,15 @@ impl Queue {
             self.call_worker();
         }
         done
+    }
+}
+
+/// Sees to it that a write does not end half-way for want of room, which a reader would see.
+fn reserve(file: &File, offset: u64, bytes: u64) -> io::Result<()> {
+    match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::KEEP_SIZE, offset, bytes) {
+        // A file system that cannot do that.
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
+        reserved => Ok(reserved?),
     }
 }
 

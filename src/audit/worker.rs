@@ -1,7 +1,7 @@
 //! The background worker that moves one database's queue into the table. Started when there is something to do; ends
 //! when there was nothing for a while, so that it does not keep anybody from dropping the database.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::panic::AssertUnwindSafe;
@@ -128,6 +128,8 @@ fn become_the_only_one(directory: &Path) -> Option<File> {
 #[derive(Default)]
 struct Reader {
     files: HashMap<PathBuf, Progress>,
+    /// Files that could not be read when they were last looked at.
+    failing: HashSet<PathBuf>,
 }
 
 /// How far a file was read. It is opened anew each time: there may be more files than a process may open.
@@ -160,16 +162,19 @@ impl Reader {
         let mut finished = Vec::new();
         let mut records = Vec::new();
         let mut done = 0;
-        let mut paths: Vec<_> = fs::read_dir(directory)?.filter_map(|file| Some(file.ok()?.path())).collect();
-        paths.sort();
+        // What is requested was written before: so requests are looked for first.
+        let requests = list(directory, queue::REQUEST)?;
+        let paths = list(directory, queue::SUFFIX)?;
         let mut complete = true;
-        for path in paths.iter().filter(|path| has_suffix(path, queue::SUFFIX)) {
+        for path in &paths {
             let progress = self.files.entry(path.clone()).or_default();
             let source = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
             match progress.read(path, &source, &mut records) {
                 Ok(found) => {
                     done += found.bytes;
-                    complete &= !found.is_full;
+                    self.failing.remove(path);
+                    // What a file that is over has announced is stored with the next look.
+                    complete &= !(found.is_full || found.is_over && found.bytes > 0);
                     if found.is_over && found.bytes == 0 {
                         progress.abandon(&source, &mut records);
                         finished.push(path.clone());
@@ -178,7 +183,9 @@ impl Reader {
                 // One file's trouble must not hold up the others, nor lose what was read of them.
                 Err(error) => {
                     complete = false;
-                    pgrx::warning!("vod_tender_crypto audit worker: {}: {error}", path.display());
+                    if self.failing.insert(path.clone()) {
+                        pgrx::warning!("vod_tender_crypto audit worker: {}: {error}", path.display());
+                    }
                 }
             }
         }
@@ -190,10 +197,8 @@ impl Reader {
             fs::remove_file(path)?;
             done += 1;
         }
-        // What is requested was written before the files were looked at.
         if complete {
-            let requests = paths.iter().filter(|path| has_suffix(path, queue::REQUEST));
-            requests.for_each(|request| drop(fs::remove_file(request)));
+            requests.iter().for_each(|request| drop(fs::remove_file(request)));
         }
         Ok(done)
     }
@@ -206,10 +211,19 @@ impl Reader {
         let is_news = |path: PathBuf| {
             let read = self.files.get(&path).map_or(0, |progress| progress.offset);
             let length = fs::metadata(&path).map_or(0, |metadata| metadata.len());
-            has_suffix(&path, queue::REQUEST) || (has_suffix(&path, queue::SUFFIX) && length > read)
+            let is_unread = has_suffix(&path, queue::SUFFIX) && !self.failing.contains(&path) && length > read;
+            has_suffix(&path, queue::REQUEST) || is_unread
         };
         files.map(|file| file.path()).any(is_news)
     }
+}
+
+/// The directory's files of one kind, in the order of their names.
+fn list(directory: &Path, suffix: &str) -> io::Result<Vec<PathBuf>> {
+    let mut paths = fs::read_dir(directory)?.map(|file| Ok(file?.path())).collect::<io::Result<Vec<_>>>()?;
+    paths.retain(|path| has_suffix(path, suffix));
+    paths.sort();
+    Ok(paths)
 }
 
 fn has_suffix(path: &Path, suffix: &str) -> bool {
@@ -222,6 +236,10 @@ impl Progress {
         let mut file = File::open(path)?;
         // In this order: what its owner wrote before it ended is then read.
         let is_over = file.try_lock_shared().is_ok();
+        // Its owner took back what it could not write as a whole. What was stored is not stored again.
+        if file.metadata()?.len() < self.offset {
+            *self = Progress::default();
+        }
         file.seek(SeekFrom::Start(self.offset))?;
         let mut bytes = Vec::new();
         file.take(CHUNK_BYTES).read_to_end(&mut bytes)?;

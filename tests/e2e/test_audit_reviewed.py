@@ -338,3 +338,67 @@ def test_counting_a_table_runs_nothing_of_its_owner_s(database, connection):
         with connection.transaction(force_rollback=True):
             connection.execute("SELECT count(*) FROM mallory.t WHERE id > 0 AND token > ''")
             assert one(connection, "SELECT rolsuper FROM pg_roles WHERE rolname = %s", mallory) is True
+
+
+# -- a second look -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("required", ["off", "on"])
+def test_verify_s_failures_are_recorded(session, required):
+    session.execute(f"SET vod_tender_crypto.audit_required = {required}")
+    session.execute("CREATE TABLE t (id int PRIMARY KEY, v bytea)")
+    session.execute("INSERT INTO t SELECT g, envelope_encrypt('x'::bytea) FROM generate_series(1, 10) g")
+    session.execute("UPDATE t SET v = set_byte(v, length(v) - 1, get_byte(v, length(v) - 1) # 1) WHERE id <= 4")
+    assert one(session, "SELECT count(*) FROM vod_tender_crypto.verify('t', '{v}')") == 4
+    found = records(session, "function = 'verify' AND value_count > 0")
+    assert sorted((r["outcome"], r["sqlstate"], r["value_count"]) for r in found) == [("failed", "39000", 4), ("ok", None, 6)]
+
+
+def test_a_job_s_failures_are_recorded_under_their_key(session):
+    session.execute("CREATE TABLE t (id int PRIMARY KEY, v bytea)")
+    session.execute("INSERT INTO t SELECT g, envelope_encrypt('x'::bytea, context => jsonb_build_object('n', g::text)) "
+                    "FROM generate_series(1, 20) g")
+    session.execute("UPDATE t SET v = set_byte(v, length(v) - 1, get_byte(v, length(v) - 1) # 1) WHERE id = 3")
+    session.execute("SET vod_tender_crypto.legacy_key_file = ''")
+    assert one(session, "SELECT count(*) FROM vod_tender_crypto.verify('t', '{v}')") == 1
+    found = records(session, "outcome = 'failed'")
+    assert [(r["key"], r["context"], r["value_count"]) for r in found] == [("default", {"n": "3"}, 1)]
+
+
+def test_somebody_else_s_view_is_not_adopted(database, connection):
+    with role(database, may_run_jobs=False) as mallory:
+        connection.execute(f"CREATE SCHEMA app; GRANT USAGE, CREATE ON SCHEMA app TO {mallory}")
+        connection.execute("CREATE TABLE app.users (id int PRIMARY KEY, token text, is_admin boolean DEFAULT false)")
+        connection.execute(f"GRANT SELECT ON app.users TO {mallory}")
+        with database.connect(user=mallory) as session:
+            session.execute("""
+                CREATE VIEW app.users_view AS SELECT * FROM app.users;
+                CREATE FUNCTION app.users_view_write() RETURNS trigger LANGUAGE plpgsql AS $f$
+-- Made by vod_tender_crypto.create_decrypting_view()
+                    BEGIN RETURN NEW; END $f$;
+                CREATE TRIGGER vod_tender_crypto_write INSTEAD OF INSERT ON app.users_view
+                    FOR EACH ROW EXECUTE FUNCTION app.users_view_write();
+                COMMENT ON FUNCTION app.users_view_write() IS 'Internal. set_columns {"is_admin": true}'""")
+        for _ in ("the view", "the function that it left"):
+            with pytest.raises(psycopg.Error) as refused:
+                connection.execute("SELECT vod_tender_crypto.create_decrypting_view('app.users', 'users_view', '{token}')")
+            assert refused.value.sqlstate in ("42P07", "42723")
+            connection.execute("DROP VIEW IF EXISTS app.users_view")
+
+
+def test_making_a_view_runs_nothing_of_the_table_s_owner_s(database, connection):
+    with role(database, may_run_jobs=False) as mallory:
+        connection.execute(f"CREATE SCHEMA hers AUTHORIZATION {mallory}")
+        with database.connect(user=mallory) as session:
+            session.execute(f"""
+                CREATE FUNCTION hers.evil() RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $f$
+                    BEGIN
+                        IF current_user = 'postgres' THEN RAISE EXCEPTION 'this ran as a superuser'; END IF;
+                        RETURN true;
+                    END $f$;
+                CREATE TABLE hers.t (id int PRIMARY KEY, token text);
+                INSERT INTO hers.t VALUES (1, 'x');
+                CREATE INDEX ON hers.t (token) WHERE hers.evil()""")
+        with pytest.raises(psycopg.errors.RaiseException):
+            connection.execute("SELECT count(*) FROM hers.t WHERE token > ''")
+        connection.execute("SELECT vod_tender_crypto.create_decrypting_view('hers.t', 'v', '{token}')")

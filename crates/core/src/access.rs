@@ -3,5 +3,5 @@
 mod gate;
 mod rights;
 
-pub use gate::{Admitted, Function, Gate, Journal, Outcome, Party, Seen, Tally, Use};
+pub use gate::{Admitted, Function, Gate, Interrupted, Journal, Outcome, Party, Seen, Tally, Use};
 pub use rights::{Privilege, Rights};

@@ -100,6 +100,8 @@ pub struct Tally {
     pub requests: Vec<String>,
     /// What [`Journal::announce`] gave.
     pub announced: Option<u64>,
+    /// How many of them the last alarm told of.
+    pub alarmed: u64,
 }
 
 impl Tally {
@@ -144,6 +146,13 @@ struct Stamp {
     privilege: Privilege,
 }
 
+/// What was called before something else was.
+#[derive(Debug, Clone, Copy)]
+pub struct Interrupted {
+    function: Function,
+    attempt: Option<usize>,
+}
+
 /// A use that was admitted.
 #[derive(Debug, Clone, Copy)]
 pub struct Admitted(Option<usize>);
@@ -177,10 +186,18 @@ impl Gate {
         self.rights = rights;
     }
 
-    /// Says what is called.
-    pub fn begin(&mut self, function: Function) {
+    /// Says what is called. Gives what was called before, for [`Gate::resume`].
+    pub fn begin(&mut self, function: Function) -> Interrupted {
+        let before = Interrupted { function: self.function, attempt: self.attempt };
         self.function = function;
         self.attempt = None;
+        before
+    }
+
+    /// Goes back to what was called before something that uses no key.
+    pub fn resume(&mut self, before: Interrupted) {
+        self.function = before.function;
+        self.attempt = before.attempt;
     }
 
     /// What was admitted so far must be asked again: rights have changed.

@@ -68,7 +68,7 @@ mod vod_tender_crypto {
             if table.is_null() {
                 return;
             }
-            let is_bytea = check_readable(table, column);
+            let base = check_readable(table, column);
             let (none, snapshot) = (std::ptr::null_mut(), pg_sys::GetActiveSnapshot());
             let scan = pg_sys::systable_beginscan(table, pg_sys::InvalidOid, false, snapshot, 0, none);
             let mut memory = PgMemoryContexts::new("vod_tender_crypto census");
@@ -82,7 +82,9 @@ mod vod_tender_crypto {
                     let mut is_null = true;
                     let stored = pg_sys::SPI_getbinval(tuple, (*table).rd_att, i32::from(column), &mut is_null);
                     if let Some(stored) = <&[u8]>::from_datum(stored, is_null) {
-                        look(stored, is_bytea);
+                        // What pads a char(n) is no part of its value.
+                        let stored = if base == pg_sys::BPCHAROID { trimmed(stored) } else { stored };
+                        look(stored, base == pg_sys::BYTEAOID);
                     }
                 });
                 memory.reset();
@@ -92,11 +94,16 @@ mod vod_tender_crypto {
         }
     }
 
-    /// Raises where the caller may not read all of the column, or it holds no text and no bytea; gives which of them.
+    fn trimmed(stored: &[u8]) -> &[u8] {
+        let end = stored.iter().rposition(|&byte| byte != b' ').map_or(0, |last| last + 1);
+        &stored[..end]
+    }
+
+    /// Raises where the caller may not read all of the column, or it holds no text and no bytea; gives its type.
     ///
     /// # Safety
     /// The table is open.
-    unsafe fn check_readable(table: pg_sys::Relation, column: i16) -> bool {
+    unsafe fn check_readable(table: pg_sys::Relation, column: i16) -> pg_sys::Oid {
         const RLS_ENABLED: i32 = 2;
         // SAFETY: as promised; looks at the catalog caches.
         unsafe {
@@ -118,7 +125,7 @@ mod vod_tender_crypto {
                 let code = PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH;
                 throw(ErrorReport::new(code, "not a column of text or bytea".to_owned(), "vod_tender_crypto"))
             }
-            base == pg_sys::BYTEAOID
+            base
         }
     }
 

@@ -56,7 +56,6 @@ BEGIN
                coalesce(to_timestamp(e.at_us::numeric / 1000000), clock_timestamp()) AS at
         FROM unnest(store_audit.sources, store_audit.numbers, store_audit.times, store_audit.entries)
             WITH ORDINALITY e(source, number, at_us, entry, place)
-        WHERE NOT EXISTS (SELECT FROM vod_tender_crypto.audit_record r WHERE r.source = e.source AND r.number = e.number)
         ORDER BY e.place
     LOOP
         next_hash := vod_tender_crypto.audit_hash(chain.last_hash, chain.last_seq + 1, vod_tender_crypto.unix_us(fresh.at),

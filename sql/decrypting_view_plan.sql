@@ -254,8 +254,7 @@ BEGIN
     v.view_name := format('%I.%I', schema_name, plan_view.view_name);
     v.write_name := format('%I.%I', schema_name, function_name);
     v.aad_signature := format('%I.%I(%s)', schema_name, left(function_name, -6) || '_aad', v.view_name);
-    v.crypto := (SELECT quote_ident(n.nspname) FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace
-                 WHERE e.extname = 'vod_tender_crypto');
+    v.crypto := quote_ident(vod_tender_crypto.extension_schema());
     -- Those that the view has already, where none are given.
     v.set_columns := coalesce(plan_view.set_columns, CASE WHEN to_regclass(v.view_name) IS NOT NULL THEN substring(obj_description(
         to_regprocedure(v.write_name || '()'), 'pg_proc') FROM '^Internal\. set_columns (.*)$')::jsonb END, '{}');

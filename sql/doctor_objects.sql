@@ -1,17 +1,6 @@
 -- doctor(), objects of the database: rights, views and functions that decrypt, functions that stand in the way of ours.
 SET LOCAL search_path = pg_catalog, pg_temp;
 
--- The functions on values, wherever the extension was created.
-CREATE FUNCTION vod_tender_crypto.data_path() RETURNS TABLE (function oid, name name, schema oid, arguments oidvector)
-    LANGUAGE sql STABLE
-BEGIN ATOMIC
-    SELECT p.oid, p.proname, p.pronamespace, p.proargtypes
-    FROM pg_extension e
-    JOIN pg_depend d ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND d.deptype = 'e'
-    JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
-    WHERE e.extname = 'vod_tender_crypto' AND p.pronamespace <> 'vod_tender_crypto'::regnamespace;
-END;
-
 CREATE FUNCTION vod_tender_crypto.doctor_rights() RETURNS SETOF vod_tender_crypto.doctor_finding
     LANGUAGE sql STABLE
 BEGIN ATOMIC
@@ -51,11 +40,11 @@ BEGIN ATOMIC
        OR g.key NOT IN ('default', 'legacy') AND NOT EXISTS (SELECT FROM vod_tender_crypto.kek k WHERE k.name = g.key)
     UNION ALL
     SELECT 'warning', 'audit_waits', 'vod_tender_crypto.audit',
-           format('%s of ended sessions wait for the table since more than a minute', pg_size_pretty((f ->> 'waiting_bytes')::numeric)),
+           format('%s of records wait for the table since more than a minute', pg_size_pretty(w.bytes)),
            'See the server''s log for why its background worker does not store them; max_worker_processes must leave room for it. '
            'flush_audit() starts it.'
-    FROM (SELECT vod_tender_crypto.audit_facts()) a(f)
-    WHERE (f ->> 'waiting_bytes')::numeric > 0
+    FROM (SELECT vod_tender_crypto.audit_waiting_bytes()) w(bytes)
+    WHERE w.bytes > 0
     UNION ALL
     SELECT 'notice', 'worker_room', 'max_worker_processes',
            format('max_worker_processes = %s, max_parallel_workers = %s', w.all_workers, w.parallel),

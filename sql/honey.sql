@@ -56,8 +56,6 @@ DECLARE
     given name[];
     names text[];
     items text[];
-    extension_schema name := (SELECT n.nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace
-                              WHERE e.extname = 'vod_tender_crypto');
 BEGIN
     PERFORM vod_tender_crypto.check_target(plant_honey.target, coalesce(plant_honey.columns,
         ARRAY(SELECT r.column_name FROM vod_tender_crypto.registered(plant_honey.target, NULL) r)), false);
@@ -86,7 +84,7 @@ BEGIN
         END IF;
         names := names || format('%I', col.column_name);
         items := items || format(
-            'vod_tender_crypto.watch_honey(%I.envelope_encrypt(%s, key => %L, context => %L, aad => %s), $3)', extension_schema,
+            'vod_tender_crypto.watch_honey(%I.envelope_encrypt(%s, key => %L, context => %L, aad => %s), $3)', vod_tender_crypto.extension_schema(),
             CASE WHEN col.is_bytea THEN 'convert_to(coalesce($2, md5(gen_random_uuid()::text)), ''UTF8'')'
                  ELSE 'coalesce($2, md5(gen_random_uuid()::text))' END,
             col.key, col.context, aad);

@@ -24,16 +24,30 @@ CREATE TRIGGER key_grant_row_changed
 ALTER TABLE vod_tender_crypto.key_grant ENABLE ALWAYS TRIGGER key_grant_changed;
 ALTER TABLE vod_tender_crypto.key_grant ENABLE ALWAYS TRIGGER key_grant_row_changed;
 
+-- The schema that the extension was created in.
+CREATE FUNCTION vod_tender_crypto.extension_schema() RETURNS name
+    LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT n.nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vod_tender_crypto';
+END;
+
+-- The functions on values, wherever the extension was created.
+CREATE FUNCTION vod_tender_crypto.data_path() RETURNS TABLE (function oid, name name, schema oid, arguments oidvector)
+    LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT p.oid, p.proname, p.pronamespace, p.proargtypes
+    FROM pg_extension e
+    JOIN pg_depend d ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND d.deptype = 'e'
+    JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
+    WHERE e.extname = 'vod_tender_crypto' AND p.pronamespace <> 'vod_tender_crypto'::regnamespace;
+END;
+
 -- The data-path functions that a privilege is for.
 CREATE FUNCTION vod_tender_crypto.privilege_routine(privilege text) RETURNS SETOF regprocedure
     LANGUAGE sql STABLE
 BEGIN ATOMIC
-    SELECT p.oid::regprocedure
-    FROM pg_extension e
-    JOIN pg_depend d ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND d.deptype = 'e'
-        AND d.classid = 'pg_proc'::regclass
-    JOIN pg_proc p ON p.oid = d.objid AND p.pronamespace = e.extnamespace
-    WHERE e.extname = 'vod_tender_crypto' AND p.proname = ANY (CASE privilege_routine.privilege
+    SELECT f.function::regprocedure FROM vod_tender_crypto.data_path() f
+    WHERE f.name = ANY (CASE privilege_routine.privilege
         WHEN 'encrypt' THEN ARRAY['envelope_encrypt', 'envelope_upgrade', 'envelope_downgrade']
         WHEN 'decrypt' THEN ARRAY['envelope_decrypt', 'envelope_upgrade', 'envelope_downgrade']
         WHEN 'rewrap' THEN ARRAY['rewrap', 'envelope_upgrade', 'envelope_downgrade'] END::name[]);
@@ -64,8 +78,7 @@ CREATE FUNCTION vod_tender_crypto.grant_key(key text, role regrole, privileges t
 AS $$
 DECLARE
     routine regprocedure;
-    schema_name name := (SELECT n.nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace
-                         WHERE e.extname = 'vod_tender_crypto');
+    schema_name name := vod_tender_crypto.extension_schema();
 BEGIN
     PERFORM vod_tender_crypto.check_grant(grant_key.key, grant_key.role, grant_key.privileges);
     IF grant_key.key NOT IN ('default', 'legacy')

@@ -13,7 +13,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use pgrx::pg_sys;
-use vod_tender_core::access::{Gate, Journal, Outcome, Tally, Use};
+use vod_tender_core::access::{Gate, Journal, Tally, Use};
 use vod_tender_core::{Error, Result};
 
 use crate::callers::Callers;
@@ -110,14 +110,14 @@ impl Audit {
     /// Writes down what the transaction that ends has used.
     pub fn end_transaction(&mut self, gate: &mut Gate, committed: Option<bool>) {
         self.write(gate, committed);
-        self.callers.take();
+        self.callers.forget();
     }
 
     /// Writes down what was used so far: at the end of the transaction, and before that where it uses very much. Cannot fail:
     /// what cannot be queued goes to the log.
     pub fn write(&mut self, gate: &mut Gate, committed: Option<bool>) {
         self.alarms(gate);
-        let uses = with_failures_announced(gate.take());
+        let uses = gate.take();
         let mut queued = String::new();
         let mut entries = Vec::new();
         for (used, tally) in uses.iter().filter(|(_, tally)| is_of_interest(tally)) {
@@ -179,27 +179,6 @@ impl Audit {
 
 fn is_of_interest(tally: &Tally) -> bool {
     tally.values > 0 || tally.announced.is_some()
-}
-
-/// What was announced and came to nothing but a failure is one record: the failure's.
-fn with_failures_announced(mut uses: Vec<(Use, Tally)>) -> Vec<(Use, Tally)> {
-    for at in 0..uses.len() {
-        let announced = uses[at].1.announced.filter(|_| uses[at].1.values == 0);
-        if announced.is_none() {
-            continue;
-        }
-        let same = |used: &Use| Use { outcome: Outcome::Done, ..used.clone() } == uses[at].0;
-        let failure = (0..uses.len()).find(|&other| {
-            matches!(uses[other].0.outcome, Outcome::Failed(_))
-                && uses[other].1.announced.is_none()
-                && same(&uses[other].0)
-        });
-        if let Some(failure) = failure {
-            uses[failure].1.announced = announced;
-            uses[at].1.announced = None;
-        }
-    }
-    uses
 }
 
 fn log(entry: &str) {

@@ -71,7 +71,7 @@ pub fn with<T>(
 /// Notes that the last call failed with this SQLSTATE, where its caller handles the failure.
 pub fn failed(sqlstate: &str) {
     BACKEND.with_borrow_mut(|slot| {
-        if let Some(backend) = slot.as_mut().filter(|backend| backend.process == process::id()) {
+        if let Some(backend) = Backend::existing(slot) {
             backend.gate.failed(sqlstate, None);
         }
     });
@@ -87,7 +87,7 @@ pub fn end_transaction(committed: Option<bool>) {
                 "vod_tender_crypto audit of a transaction is lost: its session is in use",
             );
         };
-        if let Some(backend) = slot.as_mut().filter(|backend| backend.process == process::id()) {
+        if let Some(backend) = Backend::existing(&mut slot) {
             let audit = Rc::clone(&backend.audit);
             audit.borrow_mut().end_transaction(&mut backend.gate, committed);
         }
@@ -121,13 +121,18 @@ pub fn statistics() -> Result<serde_json::Value> {
 /// Wipes every DEK, and closes every connection: their buffers hold answers of key services.
 pub fn clear() {
     BACKEND.with_borrow_mut(|slot| {
-        if let Some(backend) = slot.as_mut().filter(|backend| backend.process == process::id()) {
+        if let Some(backend) = Backend::existing(slot) {
             backend.clear();
         }
     });
 }
 
 impl Backend {
+    /// The session that this process has made, if it has.
+    fn existing(slot: &mut Option<ManuallyDrop<Backend>>) -> Option<&mut Backend> {
+        slot.as_deref_mut().filter(|backend| backend.process == process::id())
+    }
+
     fn current(slot: &mut Option<ManuallyDrop<Backend>>) -> Result<&mut Backend> {
         // What another process made is left alone: its secrets read as zero here, its sockets are not ours to close.
         if slot.as_ref().is_none_or(|backend| backend.process != process::id()) {

@@ -125,10 +125,10 @@ impl Callers {
         self.present = None;
     }
 
-    /// Gives the callers so far and forgets them: the transaction is over.
-    pub fn take(&mut self) -> Vec<Caller> {
+    /// Forgets the callers so far: the transaction is over.
+    pub fn forget(&mut self) {
         self.present = None;
-        std::mem::take(&mut self.callers)
+        self.callers.clear();
     }
 
     /// One of the callers so far.

@@ -26,8 +26,8 @@ mod vod_tender_crypto {
         column: i16,
     ) -> TableIterator<'static, (name!(under, String), name!(value_count, i64))> {
         let mut counts: HashMap<String, i64> = HashMap::new();
-        scan(relation, column, |stored, is_bytea| {
-            if let Some(label) = label(stored, is_bytea) {
+        scan(relation, column, |value| {
+            if let Some(label) = label(value) {
                 *counts.entry(label).or_default() += 1;
             }
         });
@@ -41,12 +41,10 @@ mod vod_tender_crypto {
         column: i16,
     ) -> TableIterator<'static, (name!(bound, i64), name!(unbound, i64))> {
         let (mut bound, mut unbound) = (0, 0);
-        scan(relation, column, |stored, is_bytea| {
-            let text = if is_bytea { None } else { to_utf8(stored) };
-            let value = text.as_deref().map_or(Value::Bytes(stored), Value::Text);
-            let is_bound = match Stored::parse(value) {
-                Ok(Stored::Envelope { header, .. }) => Header::parse(&header).map(|header| header.has_aad).ok(),
-                Ok(Stored::Literal { .. }) => Some(false),
+        scan(relation, column, |value| {
+            let is_bound = match value.map(Stored::parse) {
+                Some(Ok(Stored::Envelope { header, .. })) => Header::parse(&header).map(|header| header.has_aad).ok(),
+                Some(Ok(Stored::Literal { .. })) => Some(false),
                 _ => None,
             };
             match is_bound {
@@ -58,8 +56,8 @@ mod vod_tender_crypto {
         TableIterator::once((bound, unbound))
     }
 
-    /// Calls `look` with each value of a column, and whether it is a bytea. A table that is gone has none.
-    fn scan(relation: pg_sys::Oid, column: i16, mut look: impl FnMut(&[u8], bool)) {
+    /// Calls `look` with each value of a column; with `None` for text of no encoding. A table that is gone has none.
+    fn scan(relation: pg_sys::Oid, column: i16, mut look: impl FnMut(Option<Value<'_>>)) {
         // SAFETY: the steps of a sequential scan, in order; an error in between leaves all of it to PostgreSQL's own clean-up
         // of the transaction. A value is looked at before the next one is fetched, in memory that is given back then.
         unsafe {
@@ -82,9 +80,12 @@ mod vod_tender_crypto {
                     let mut is_null = true;
                     let stored = pg_sys::SPI_getbinval(tuple, (*table).rd_att, i32::from(column), &mut is_null);
                     if let Some(stored) = <&[u8]>::from_datum(stored, is_null) {
-                        // What pads a char(n) is no part of its value.
-                        let stored = if base == pg_sys::BPCHAROID { trimmed(stored) } else { stored };
-                        look(stored, base == pg_sys::BYTEAOID);
+                        match base {
+                            pg_sys::BYTEAOID => look(Some(Value::Bytes(stored))),
+                            // What pads a char(n) is no part of its value.
+                            pg_sys::BPCHAROID => look(to_utf8(trimmed(stored)).as_deref().map(Value::Text)),
+                            _ => look(to_utf8(stored).as_deref().map(Value::Text)),
+                        }
                     }
                 });
                 memory.reset();
@@ -129,14 +130,9 @@ mod vod_tender_crypto {
         }
     }
 
-    fn label(stored: &[u8], is_bytea: bool) -> Option<String> {
-        let text = if is_bytea { None } else { to_utf8(stored) };
-        let value = match &text {
-            Some(text) => Value::Text(text),
-            None if is_bytea => Value::Bytes(stored),
-            // Text of no encoding is nothing that was encrypted.
-            None => return Some(r#"{"version":0,"wraps":[]}"#.to_owned()),
-        };
+    fn label(value: Option<Value<'_>>) -> Option<String> {
+        // Text of no encoding is nothing that was encrypted.
+        let Some(value) = value else { return Some(r#"{"version":0,"wraps":[]}"#.to_owned()) };
         if value.bytes().is_empty() {
             return None;
         }

@@ -44,10 +44,10 @@ mod vod_tender_crypto {
         }))
     }
 
-    /// What of the audit's queue nobody writes any more and nobody has stored for a minute, in bytes.
+    /// What of the audit's queue nobody has stored for a minute, in bytes.
     #[pg_extern(volatile, parallel_restricted)]
-    fn audit_facts() -> JsonB {
-        JsonB(json!({ "waiting_bytes": audit::waiting_bytes(std::time::Duration::from_secs(60)) }))
+    fn audit_waiting_bytes() -> i64 {
+        audit::waiting_bytes(std::time::Duration::from_secs(60)) as i64
     }
 
     /// What is wrong with the file behind a `local://` URI, as `[{"finding": ..., "saw": ...}]`; nothing for others.

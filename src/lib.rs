@@ -75,7 +75,7 @@ pgrx::extension_sql_file!("../sql/jobs.sql", name = "jobs", requires = ["job_run
 pgrx::extension_sql_file!(
     "../sql/decrypting_view_plan.sql",
     name = "decrypting_view_plan",
-    requires = ["jobs", census::vod_tender_crypto::count_bound]
+    requires = ["jobs", "key_grant", census::vod_tender_crypto::count_bound]
 );
 pgrx::extension_sql_file!(
     "../sql/decrypting_view_triggers.sql",
@@ -103,6 +103,7 @@ pgrx::extension_sql_file!(
     name = "honey",
     requires = [
         "jobs",
+        "key_grant",
         administration::vod_tender_crypto::honey_mark_text,
         administration::vod_tender_crypto::honey_mark_bytea
     ]
@@ -112,7 +113,7 @@ pgrx::extension_sql_file!(
     name = "doctor_settings",
     requires = [
         doctor::vod_tender_crypto::server_facts,
-        doctor::vod_tender_crypto::audit_facts,
+        doctor::vod_tender_crypto::audit_waiting_bytes,
         doctor::vod_tender_crypto::kek_problems,
         doctor::vod_tender_crypto::legacy_file_problems
     ]

@@ -116,6 +116,13 @@ pub trait Journal {
     fn announce(&mut self, used: &Use) -> Result<Option<u64>>;
 }
 
+/// Announces nothing.
+impl Journal for () {
+    fn announce(&mut self, _used: &Use) -> Result<Option<u64>> {
+        Ok(None)
+    }
+}
+
 /// Stands between callers and keys: lets through what is granted, and counts it.
 pub struct Gate {
     journal: Box<dyn Journal>,
@@ -205,8 +212,18 @@ impl Gate {
         self.generation += 1;
     }
 
-    /// All uses since this was last asked: at the end of a transaction.
+    /// All uses since this was last asked: at the end of a transaction. What was announced and came to nothing but a failure
+    /// is one of them: the failure.
     pub fn take(&mut self) -> Vec<(Use, Tally)> {
+        for at in 0..self.uses.len() {
+            let Use { outcome: Outcome::Failed(_), .. } = &self.uses[at].0 else { continue };
+            let meant = Use { outcome: Outcome::Done, ..self.uses[at].0.clone() };
+            if let Some(&meant) = self.index.get(&meant)
+                && self.uses[meant].1.values == 0
+            {
+                self.uses[at].1.announced = self.uses[meant].1.announced.take();
+            }
+        }
         self.forget();
         self.index.clear();
         self.bytes = 0;
@@ -392,14 +409,6 @@ impl Gate {
 mod tests {
     use super::*;
 
-    struct Silent;
-
-    impl Journal for Silent {
-        fn announce(&mut self, _used: &Use) -> Result<Option<u64>> {
-            Ok(None)
-        }
-    }
-
     struct Full;
 
     impl Journal for Full {
@@ -416,7 +425,7 @@ mod tests {
 
     #[test]
     fn a_cached_key_is_asked_for_again_when_caller_rights_or_transaction_change() {
-        let mut gate = Gate::new(Box::new(Silent));
+        let mut gate = Gate::new(Box::new(()));
         let (seen, context) = (Seen::default(), Context::empty());
         let open = |gate: &mut Gate| {
             let admitted = gate.admit(&seen, Privilege::Decrypt, "a", &context)?;
@@ -456,7 +465,7 @@ mod tests {
 
     #[test]
     fn a_failure_is_filed_under_the_key_that_was_used() {
-        let mut gate = Gate::new(Box::new(Silent));
+        let mut gate = Gate::new(Box::new(()));
         gate.enter(1, Rc::new(Rights::all()));
         gate.begin(Function::Decrypt);
         gate.admit(&Seen::default(), Privilege::Decrypt, "a", &Context::empty()).unwrap();

@@ -7,7 +7,7 @@ use std::future::ready;
 use std::rc::Rc;
 use std::task::{Context as TaskContext, Poll, Waker};
 
-use crate::access::{Gate, Journal, Privilege, Rights, Use};
+use crate::access::{Gate, Privilege, Rights};
 use crate::armor;
 use crate::context::Context;
 use crate::dek::Dek;
@@ -137,22 +137,13 @@ pub(super) struct World {
     pub(super) gate: Gate,
 }
 
-/// Writes nothing down.
-struct Silent;
-
-impl Journal for Silent {
-    fn announce(&mut self, _used: &Use) -> Result<Option<u64>> {
-        Ok(None)
-    }
-}
-
 impl World {
     pub(super) fn new() -> Self {
         let service = Rc::new(Service::default());
         let time = Rc::new(Cell::new(1_000_000));
         let session = Session::new(Box::new(FakeClock(Rc::clone(&time)))).unwrap();
         let keyring = Keyring { default_key: "main".into(), ..Keyring::default() };
-        let mut gate = Gate::new(Box::new(Silent));
+        let mut gate = Gate::new(Box::new(()));
         gate.enter(0, Rc::new(Rights::all()));
         let (policy, wait) = (Policy::default(), Immediately);
         let mut world = World { service, keyring, policy, session, time, wait, gate };

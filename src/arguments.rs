@@ -6,12 +6,42 @@ use std::sync::OnceLock;
 
 use pgrx::callconv::{Arg, ArgAbi};
 use pgrx::datum::{Datum, UnboxDatum};
-use pgrx::{impl_sql_translatable, pg_sys};
+use pgrx::{impl_sql_translatable, pg_sys, varlena};
 use vod_tender_core::Error;
 use vod_tender_core::context::Context;
 use vod_tender_core::stored::Kind;
 
 use crate::errors::raise;
+
+/// The content of a varlena, unpacked where it is stored compressed or elsewhere; nothing for NULL.
+///
+/// # Safety
+/// The datum is a varlena that lives for `'a`, in a memory context that does.
+unsafe fn content<'a>(datum: Option<pg_sys::Datum>) -> &'a [u8] {
+    let Some(datum) = datum else { return &[] };
+    let mut varlena = datum.cast_mut_ptr::<pg_sys::varlena>();
+    // SAFETY: as promised by the caller. Most values are plain, and for those PostgreSQL need not be asked: a call through
+    // pgrx's guard costs as much as opening a small value.
+    unsafe {
+        if varlena::varatt_is_4b_c(varlena) || varlena::varatt_is_1b_e(varlena) {
+            varlena = pg_sys::pg_detoast_datum_packed(varlena);
+        }
+        varlena::varlena_to_byte_slice(varlena)
+    }
+}
+
+/// A `bytea` argument.
+pub struct BytesIn<'fcx>(pub &'fcx [u8]);
+
+impl_sql_translatable!(BytesIn<'_>, "bytea");
+
+// SAFETY: `bytea` arguments are varlena datums, which is what is unboxed.
+unsafe impl<'fcx> ArgAbi<'fcx> for BytesIn<'fcx> {
+    unsafe fn unbox_arg_unchecked(arg: Arg<'_, 'fcx>) -> Self {
+        // SAFETY: the argument is a bytea, and the bytes live as long as the call.
+        BytesIn(unsafe { content(arg.unbox_arg_using_from_datum()) })
+    }
+}
 
 /// A `text` argument, in UTF-8; borrowed from the argument where that is possible.
 pub struct TextIn<'fcx>(Option<Cow<'fcx, str>>);
@@ -33,9 +63,8 @@ impl_sql_translatable!(TextIn<'_>, "text");
 // SAFETY: `text` arguments are varlena datums, which is what is unboxed.
 unsafe impl<'fcx> ArgAbi<'fcx> for TextIn<'fcx> {
     unsafe fn unbox_arg_unchecked(arg: Arg<'_, 'fcx>) -> Self {
-        // SAFETY: the argument is a text, and the detoasted bytes live as long as the call.
-        let bytes = unsafe { arg.unbox_arg_using_from_datum::<&'fcx [u8]>() }.unwrap_or_default();
-        TextIn(to_utf8(bytes))
+        // SAFETY: the argument is a text, and the bytes live as long as the call.
+        TextIn(to_utf8(unsafe { content(arg.unbox_arg_using_from_datum()) }))
     }
 }
 

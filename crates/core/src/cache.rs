@@ -8,7 +8,7 @@ use lru::LruCache;
 
 use crate::access::Seen;
 use crate::context::Context;
-use crate::envelope::FLAGS_AT;
+use crate::envelope::{FLAGS_AT, MAGIC};
 use crate::keyring::{Kek, Keyring};
 use crate::policy::{DEK_USES_CAP, Limits};
 use crate::seal::ExpandedKey;
@@ -60,7 +60,9 @@ impl OpenedKey {
 
 /// Unwrapped DEKs by header; the one unused for longest goes first.
 pub struct OpenedCache {
-    entries: LruCache<Box<[u8]>, Rc<OpenedKey>>,
+    entries: LruCache<Rc<[u8]>, Rc<OpenedKey>>,
+    /// The entry that was asked for last: the next value is likely to need the same.
+    last: Option<(Rc<[u8]>, Rc<OpenedKey>)>,
     /// Not later than the birth of the oldest entry.
     oldest_ms: u64,
     name: Vec<u8>,
@@ -69,7 +71,7 @@ pub struct OpenedCache {
 impl OpenedCache {
     /// An empty cache.
     pub fn new() -> Self {
-        OpenedCache { entries: LruCache::unbounded(), oldest_ms: u64::MAX, name: Vec::new() }
+        OpenedCache { entries: LruCache::unbounded(), last: None, oldest_ms: u64::MAX, name: Vec::new() }
     }
 
     /// The entry for a header, or for a literal form's blob. Flags do not count: one DEK serves with and without aad.
@@ -80,11 +82,19 @@ impl OpenedCache {
         limits: &Limits,
         stats: &mut SessionStats,
     ) -> Option<Rc<OpenedKey>> {
-        Self::write_name(&mut self.name, header);
-        let entry = self.entries.get(self.name.as_slice())?;
-        if is_young(entry.born_ms, now_ms, limits) {
+        if let Some((name, entry)) = &self.last
+            && is_named(header, name)
+            && is_young(entry.born_ms, now_ms, limits)
+        {
             return Some(Rc::clone(entry));
         }
+        Self::write_name(&mut self.name, header);
+        let (name, entry) = self.entries.get_key_value(self.name.as_slice())?;
+        if is_young(entry.born_ms, now_ms, limits) {
+            self.last = Some((Rc::clone(name), Rc::clone(entry)));
+            return Some(Rc::clone(entry));
+        }
+        self.last = None;
         self.entries.pop(self.name.as_slice());
         stats.cache_expiries += 1;
         None
@@ -94,6 +104,7 @@ impl OpenedCache {
     pub fn put(&mut self, header: &[u8], opened: Rc<OpenedKey>, limits: &Limits, stats: &mut SessionStats) {
         Self::write_name(&mut self.name, header);
         self.oldest_ms = self.oldest_ms.min(opened.born_ms);
+        self.last = None;
         self.entries.put(self.name.as_slice().into(), opened);
         self.evict(limits, stats);
     }
@@ -104,6 +115,7 @@ impl OpenedCache {
         if self.entries.is_empty() || is_young(self.oldest_ms, now_ms, limits) {
             return evicted;
         }
+        self.last = None;
         let before = self.entries.len();
         let mut oldest_ms = u64::MAX;
         self.entries.retain(|_, entry| {
@@ -122,6 +134,7 @@ impl OpenedCache {
     fn evict(&mut self, limits: &Limits, stats: &mut SessionStats) -> bool {
         let before = self.entries.len();
         while self.entries.len() > limits.cache_entries {
+            self.last = None;
             self.entries.pop_lru();
             stats.cache_evictions += 1;
         }
@@ -130,6 +143,7 @@ impl OpenedCache {
 
     /// Drops what `keyring` no longer allows.
     pub fn retain(&mut self, keyring: &Keyring) {
+        self.last = None;
         self.entries.retain(|_, entry| entry.kek.still_opens(keyring) && entry.has_owners_of(keyring));
     }
 
@@ -152,10 +166,22 @@ impl OpenedCache {
         name.clear();
         name.extend_from_slice(header);
         // The literal form's blob has no flags; it never begins with the magic, so names cannot collide.
-        if header.starts_with(&crate::envelope::MAGIC) {
+        if header.starts_with(&MAGIC) {
             name[FLAGS_AT] = 0;
         }
     }
+}
+
+/// Whether [`OpenedCache`] has a header, or a literal form's blob, under this name.
+#[inline]
+fn is_named(header: &[u8], name: &[u8]) -> bool {
+    if header.len() != name.len() {
+        return false;
+    }
+    if !header.starts_with(&MAGIC) || header.len() <= FLAGS_AT {
+        return header == name;
+    }
+    header[..FLAGS_AT] == name[..FLAGS_AT] && header[FLAGS_AT + 1..] == name[FLAGS_AT + 1..]
 }
 
 impl Default for OpenedCache {

@@ -51,12 +51,19 @@ impl Session {
         sink: &mut dyn Sink,
     ) -> Result<ReadAs> {
         check_version(reading.version)?;
-        if let (None | Some(2), Some((header, payload))) = (reading.version, self.heads.known(value)?) {
-            watch_envelope(run, &header, &payload)?;
-            let (opened, admitted) = self.opened_key(run, &header)?;
-            self.open_envelope(&opened, &header, &payload, reading, value.kind(), sink)?;
-            run.gate.done(admitted);
-            return Ok(ReadAs::Envelope);
+        if let None | Some(2) = reading.version {
+            let mut decoded = std::mem::take(&mut self.sealed);
+            let read = match self.heads.parts(value, &mut decoded)? {
+                Some((header, payload)) => {
+                    Some(self.decrypt_parts(run, &header, payload, reading, value.kind(), sink)?)
+                }
+                None => None,
+            };
+            self.sealed = decoded;
+            self.trim();
+            if let Some(read_as) = read {
+                return Ok(read_as);
+            }
         }
         match Stored::parse(value)? {
             Stored::Other(value) => self.read_other(run, value, reading.version, Plain::ByPolicy, sink),
@@ -64,12 +71,8 @@ impl Session {
                 Err(Error::VersionMismatch(reading.version.unwrap_or_default()))
             }
             Stored::Envelope { header, payload } => {
-                watch_envelope(run, &header, &payload)?;
-                let (opened, admitted) = self.opened_key(run, &header)?;
                 self.heads.remember(value, &header, &run.policy.limits)?;
-                self.open_envelope(&opened, &header, &payload, reading, value.kind(), sink)?;
-                run.gate.done(admitted);
-                Ok(ReadAs::Envelope)
+                self.decrypt_parts(run, &header, &payload, reading, value.kind(), sink)
             }
             Stored::Literal { blob, payload } => {
                 watch(run, &payload, &run.keyring.default_key, &Context::empty());
@@ -79,6 +82,24 @@ impl Session {
                 Ok(ReadAs::Envelope)
             }
         }
+    }
+
+    /// Opens a payload under the DEK that the header holds.
+    #[inline]
+    fn decrypt_parts<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        header: &[u8],
+        payload: &[u8],
+        reading: Reading<'_>,
+        kind: Kind,
+        sink: &mut dyn Sink,
+    ) -> Result<ReadAs> {
+        watch_envelope(run, header, payload)?;
+        let (opened, admitted) = self.opened_key(run, header)?;
+        self.open_envelope(&opened, header, payload, reading, kind, sink)?;
+        run.gate.done(admitted);
+        Ok(ReadAs::Envelope)
     }
 
     /// The version of a value, found without a key service: 0, 1 or 2.
@@ -164,8 +185,13 @@ impl Session {
             (_, aad) => aad.unwrap_or(""),
         };
         check_expected(&opened.context, reading.context)?;
-        bind(&mut self.associated, bound_prefix(header), aad)?;
-        self.open_payload(&opened.key, payload, kind, sink)
+        let prefix = bound_prefix(header);
+        let associated = match aad {
+            "" => prefix,
+            _ => bind(&mut self.associated, prefix, aad)?,
+        };
+        self.stats.values_decrypted += open_payload(&opened.key, associated, payload, kind, sink)?;
+        Ok(())
     }
 
     fn open_literal(
@@ -177,18 +203,7 @@ impl Session {
         sink: &mut dyn Sink,
     ) -> Result<()> {
         check_expected(&opened.context, reading.context)?;
-        self.associated.clear();
-        self.open_payload(&opened.key, payload, kind, sink)
-    }
-
-    fn open_payload(&mut self, key: &ExpandedKey, payload: &[u8], kind: Kind, sink: &mut dyn Sink) -> Result<()> {
-        let payload = Payload::parse(payload)?;
-        let out = sink.buffer(payload.ciphertext.len())?;
-        out.copy_from_slice(payload.ciphertext);
-        key.open(payload.nonce, &self.associated, out, payload.tag)
-            .map_err(|_| Error::Unverified(Mismatch::Payload))?;
-        check_text(kind, out)?;
-        self.stats.values_decrypted += 1;
+        self.stats.values_decrypted += open_payload(&opened.key, &[], payload, kind, sink)?;
         Ok(())
     }
 
@@ -273,7 +288,18 @@ impl Session {
     }
 }
 
+/// Opens a payload in the sink's memory; gives how many values that were: one.
+#[inline]
+fn open_payload(key: &ExpandedKey, associated: &[u8], payload: &[u8], kind: Kind, sink: &mut dyn Sink) -> Result<u64> {
+    let payload = Payload::parse(payload)?;
+    let out = sink.copied(payload.ciphertext)?;
+    key.open(payload.nonce, associated, out, payload.tag).map_err(|_| Error::Unverified(Mismatch::Payload))?;
+    check_text(kind, out)?;
+    Ok(1)
+}
+
 /// Raises the alarm when an envelope is watched.
+#[inline]
 fn watch_envelope<W>(run: &mut Run<'_, W>, header: &[u8], payload: &[u8]) -> Result<()> {
     if run.keyring.honey.has(payload) {
         let header = Header::parse(header)?;
@@ -367,6 +393,6 @@ fn read_plaintext<W>(run: &Run<'_, W>, value: Value<'_>, plain: Plain, sink: &mu
 }
 
 pub(super) fn copy(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
-    sink.buffer(bytes.len())?.copy_from_slice(bytes);
+    sink.copied(bytes)?;
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! What the headers of stored envelopes say, remembered: a table has many values for each header.
 
-use std::borrow::Cow;
+use std::ops::Deref;
 use std::rc::Rc;
 
 use lru::LruCache;
@@ -14,8 +14,22 @@ use crate::stored::{Stored, Value, head};
 /// A wrap's key name and KEK id.
 pub(super) type Under = (String, String);
 
-/// Header and payload of a value.
-type KnownParts<'a> = (Rc<[u8]>, Cow<'a, [u8]>);
+/// A header: of the value at hand, or one that was decoded before.
+pub(super) enum HeaderBytes<'a> {
+    Here(&'a [u8]),
+    Known(Rc<[u8]>),
+}
+
+impl Deref for HeaderBytes<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            HeaderBytes::Here(bytes) => bytes,
+            HeaderBytes::Known(bytes) => bytes,
+        }
+    }
+}
 
 /// What a value is, without a key.
 pub(super) enum Form {
@@ -37,18 +51,22 @@ pub(super) struct Known {
 }
 
 /// Headers by their stored form. Holds no secret.
-pub(super) struct Heads(LruCache<Box<[u8]>, Known>);
+pub(super) struct Heads {
+    known: LruCache<Rc<[u8]>, Known>,
+    /// The one that was asked for last: the next value is likely to have the same.
+    last: Option<(Rc<[u8]>, Known)>,
+}
 
 impl Default for Heads {
     fn default() -> Self {
-        Heads(LruCache::unbounded())
+        Heads { known: LruCache::unbounded(), last: None }
     }
 }
 
 impl Heads {
     /// The form of a value; an error for what begins as version 2 and is malformed.
     pub(super) fn form(&mut self, value: Value<'_>, limits: &Limits) -> Result<Form> {
-        let known = head(value).and_then(|head| self.0.get(head).map(|known| (head.len(), known.clone())));
+        let known = head(value).and_then(|head| self.known.get(head).map(|known| (head.len(), known.clone())));
         if let Some((length, known)) = known {
             check_payload(value, length)?;
             return Ok(Form::Envelope(known));
@@ -63,21 +81,41 @@ impl Heads {
 }
 
 impl Heads {
-    /// Header and payload of an envelope whose header was seen before, without decoding it again. `None` for all other
-    /// values.
-    pub(super) fn known<'a>(&mut self, value: Value<'a>) -> Result<Option<KnownParts<'a>>> {
-        let Some(head) = head(value) else { return Ok(None) };
-        let Some(known) = self.0.get(head) else { return Ok(None) };
-        let payload = match value {
-            Value::Text(text) => Cow::Owned(armor::decode_payload(&text[head.len() + 1..])?),
-            Value::Bytes(bytes) => Cow::Borrowed(&bytes[head.len()..]),
-        };
-        Ok(Some((Rc::clone(&known.header), payload)))
+    /// Header and payload of an envelope, where that takes no decoding of its header: of a binary one (whose header is not
+    /// checked here), and of an armored one that was seen before. `None` for all other values. `decoded` is scratch memory.
+    #[inline]
+    pub(super) fn parts<'a>(
+        &mut self,
+        value: Value<'a>,
+        decoded: &'a mut Vec<u8>,
+    ) -> Result<Option<(HeaderBytes<'a>, &'a [u8])>> {
+        match value {
+            Value::Bytes(bytes) => Ok(head(value).map(|head| (HeaderBytes::Here(head), &bytes[head.len()..]))),
+            Value::Text(text) => {
+                let Some((header, payload)) = self.armored(text) else { return Ok(None) };
+                armor::decode_payload_into(payload, decoded)?;
+                Ok(Some((HeaderBytes::Known(header), decoded)))
+            }
+        }
+    }
+
+    /// The header and the armored payload of an armored envelope whose header was seen before.
+    fn armored<'a>(&mut self, text: &'a str) -> Option<(Rc<[u8]>, &'a str)> {
+        if let Some((head, known)) = &self.last
+            && text.as_bytes().starts_with(head)
+            && text.as_bytes().get(head.len()) == Some(&b':')
+        {
+            return Some((Rc::clone(&known.header), &text[head.len() + 1..]));
+        }
+        let head = head(Value::Text(text))?;
+        let (name, known) = self.known.get_key_value(head)?;
+        self.last = Some((Rc::clone(name), known.clone()));
+        Some((Rc::clone(&known.header), &text[head.len() + 1..]))
     }
 
     /// Wraps of an envelope whose header was seen before; its payload is not looked at.
     pub(super) fn wraps(&mut self, value: Value<'_>) -> Option<Rc<[Under]>> {
-        self.0.get(head(value)?).map(|known| Rc::clone(&known.wraps))
+        self.known.get(head(value)?).map(|known| Rc::clone(&known.wraps))
     }
 
     /// Remembers the header of an envelope.
@@ -86,10 +124,10 @@ impl Heads {
         let wraps = Header::parse(header)?.wraps.iter().map(under).collect();
         let known = Known { wraps, header: header.into() };
         if let Some(head) = head(value) {
-            while self.0.len() >= limits.cache_entries.max(1) {
-                self.0.pop_lru();
+            while self.known.len() >= limits.cache_entries.max(1) {
+                self.known.pop_lru();
             }
-            self.0.put(head.into(), known.clone());
+            self.known.put(head.into(), known.clone());
         }
         Ok(known)
     }

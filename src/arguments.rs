@@ -12,6 +12,7 @@ use vod_tender_core::context::Context;
 use vod_tender_core::stored::Kind;
 
 use crate::errors::raise;
+use crate::fetch;
 
 /// The content of a varlena, unpacked where it is stored compressed or elsewhere; nothing for NULL.
 ///
@@ -26,7 +27,12 @@ unsafe fn content<'a>(datum: Option<pg_sys::Datum>) -> &'a [u8] {
         if varlena::varatt_is_4b_c(varlena) || varlena::varatt_is_1b_e(varlena) {
             varlena = pg_sys::pg_detoast_datum_packed(varlena);
         }
-        varlena::varlena_to_byte_slice(varlena)
+        let content = varlena::varlena_to_byte_slice(varlena);
+        // Shorter ones are no envelopes, but names and aads.
+        if content.len() > 128 {
+            fetch::value(content);
+        }
+        content
     }
 }
 
@@ -111,7 +117,11 @@ unsafe impl<'fcx> ArgAbi<'fcx> for ContextIn {
 
 /// Bytes in the server's encoding as UTF-8; `None` when they have no such form.
 pub fn to_utf8(bytes: &[u8]) -> Option<Cow<'_, str>> {
-    if server_is(pg_sys::pg_enc::PG_UTF8) || server_is(pg_sys::pg_enc::PG_SQL_ASCII) || bytes.is_ascii() {
+    if bytes.is_ascii() {
+        // SAFETY: ASCII is UTF-8. Asked first because most values are, and the general check takes several times as long.
+        return Some(Cow::Borrowed(unsafe { std::str::from_utf8_unchecked(bytes) }));
+    }
+    if server_is(pg_sys::pg_enc::PG_UTF8) || server_is(pg_sys::pg_enc::PG_SQL_ASCII) {
         return std::str::from_utf8(bytes).ok().map(Cow::Borrowed);
     }
     let utf8 = convert(bytes, server_encoding(), UTF8)?;

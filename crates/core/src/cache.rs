@@ -60,9 +60,7 @@ impl OpenedKey {
 
 /// Unwrapped DEKs by header; the one unused for longest goes first.
 pub struct OpenedCache {
-    entries: LruCache<Rc<[u8]>, Rc<OpenedKey>>,
-    /// The entry that was asked for last: the next value is likely to need the same.
-    last: Option<(Rc<[u8]>, Rc<OpenedKey>)>,
+    entries: LruCache<Box<[u8]>, Rc<OpenedKey>>,
     /// Not later than the birth of the oldest entry.
     oldest_ms: u64,
     name: Vec<u8>,
@@ -71,7 +69,7 @@ pub struct OpenedCache {
 impl OpenedCache {
     /// An empty cache.
     pub fn new() -> Self {
-        OpenedCache { entries: LruCache::unbounded(), last: None, oldest_ms: u64::MAX, name: Vec::new() }
+        OpenedCache { entries: LruCache::unbounded(), oldest_ms: u64::MAX, name: Vec::new() }
     }
 
     /// The entry for a header, or for a literal form's blob. Flags do not count: one DEK serves with and without aad.
@@ -82,19 +80,18 @@ impl OpenedCache {
         limits: &Limits,
         stats: &mut SessionStats,
     ) -> Option<Rc<OpenedKey>> {
-        if let Some((name, entry)) = &self.last
+        // The next value is likely to need the same as the last one.
+        if let Some((name, entry)) = self.entries.peek_mru()
             && is_named(header, name)
             && is_young(entry.born_ms, now_ms, limits)
         {
             return Some(Rc::clone(entry));
         }
         Self::write_name(&mut self.name, header);
-        let (name, entry) = self.entries.get_key_value(self.name.as_slice())?;
+        let entry = self.entries.get(self.name.as_slice())?;
         if is_young(entry.born_ms, now_ms, limits) {
-            self.last = Some((Rc::clone(name), Rc::clone(entry)));
             return Some(Rc::clone(entry));
         }
-        self.last = None;
         self.entries.pop(self.name.as_slice());
         stats.cache_expiries += 1;
         None
@@ -104,7 +101,6 @@ impl OpenedCache {
     pub fn put(&mut self, header: &[u8], opened: Rc<OpenedKey>, limits: &Limits, stats: &mut SessionStats) {
         Self::write_name(&mut self.name, header);
         self.oldest_ms = self.oldest_ms.min(opened.born_ms);
-        self.last = None;
         self.entries.put(self.name.as_slice().into(), opened);
         self.evict(limits, stats);
     }
@@ -115,7 +111,6 @@ impl OpenedCache {
         if self.entries.is_empty() || is_young(self.oldest_ms, now_ms, limits) {
             return evicted;
         }
-        self.last = None;
         let before = self.entries.len();
         let mut oldest_ms = u64::MAX;
         self.entries.retain(|_, entry| {
@@ -134,7 +129,6 @@ impl OpenedCache {
     fn evict(&mut self, limits: &Limits, stats: &mut SessionStats) -> bool {
         let before = self.entries.len();
         while self.entries.len() > limits.cache_entries {
-            self.last = None;
             self.entries.pop_lru();
             stats.cache_evictions += 1;
         }
@@ -143,7 +137,6 @@ impl OpenedCache {
 
     /// Drops what `keyring` no longer allows.
     pub fn retain(&mut self, keyring: &Keyring) {
-        self.last = None;
         self.entries.retain(|_, entry| entry.kek.still_opens(keyring) && entry.has_owners_of(keyring));
     }
 

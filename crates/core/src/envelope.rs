@@ -5,6 +5,8 @@ use std::fmt;
 use crate::context::Context;
 use crate::error::{Malformed, Result};
 
+pub use vod_tender_aead::{NONCE_BYTES, TAG_BYTES};
+
 /// First bytes of every binary envelope; never the start of UTF-8 text.
 pub const MAGIC: [u8; 4] = [0x8f, b'V', b'T', b'2'];
 /// HKDF-SHA-256 and AES-256-GCM, the only suite.
@@ -18,10 +20,6 @@ const CONTEXT_AT: usize = 6;
 
 /// Bytes of the commitment to the DEK.
 pub const COMMITMENT_BYTES: usize = 32;
-/// Bytes of the nonce.
-pub const NONCE_BYTES: usize = 12;
-/// Bytes of the tag.
-pub const TAG_BYTES: usize = 16;
 /// What a payload holds beside the ciphertext.
 pub const PAYLOAD_OVERHEAD: usize = NONCE_BYTES + TAG_BYTES;
 

@@ -51,22 +51,18 @@ pub(super) struct Known {
 }
 
 /// Headers by their stored form. Holds no secret.
-pub(super) struct Heads {
-    known: LruCache<Rc<[u8]>, Known>,
-    /// The one that was asked for last: the next value is likely to have the same.
-    last: Option<(Rc<[u8]>, Known)>,
-}
+pub(super) struct Heads(LruCache<Box<[u8]>, Known>);
 
 impl Default for Heads {
     fn default() -> Self {
-        Heads { known: LruCache::unbounded(), last: None }
+        Heads(LruCache::unbounded())
     }
 }
 
 impl Heads {
     /// The form of a value; an error for what begins as version 2 and is malformed.
     pub(super) fn form(&mut self, value: Value<'_>, limits: &Limits) -> Result<Form> {
-        let known = head(value).and_then(|head| self.known.get(head).map(|known| (head.len(), known.clone())));
+        let known = head(value).and_then(|head| self.0.get(head).map(|known| (head.len(), known.clone())));
         if let Some((length, known)) = known {
             check_payload(value, length)?;
             return Ok(Form::Envelope(known));
@@ -101,21 +97,21 @@ impl Heads {
 
     /// The header and the armored payload of an armored envelope whose header was seen before.
     fn armored<'a>(&mut self, text: &'a str) -> Option<(Rc<[u8]>, &'a str)> {
-        if let Some((head, known)) = &self.last
+        // The next value is likely to have the same as the last one.
+        if let Some((head, known)) = self.0.peek_mru()
             && text.as_bytes().starts_with(head)
             && text.as_bytes().get(head.len()) == Some(&b':')
         {
             return Some((Rc::clone(&known.header), &text[head.len() + 1..]));
         }
         let head = head(Value::Text(text))?;
-        let (name, known) = self.known.get_key_value(head)?;
-        self.last = Some((Rc::clone(name), known.clone()));
+        let known = self.0.get(head)?;
         Some((Rc::clone(&known.header), &text[head.len() + 1..]))
     }
 
     /// Wraps of an envelope whose header was seen before; its payload is not looked at.
     pub(super) fn wraps(&mut self, value: Value<'_>) -> Option<Rc<[Under]>> {
-        self.known.get(head(value)?).map(|known| Rc::clone(&known.wraps))
+        self.0.get(head(value)?).map(|known| Rc::clone(&known.wraps))
     }
 
     /// Remembers the header of an envelope.
@@ -124,10 +120,10 @@ impl Heads {
         let wraps = Header::parse(header)?.wraps.iter().map(under).collect();
         let known = Known { wraps, header: header.into() };
         if let Some(head) = head(value) {
-            while self.known.len() >= limits.cache_entries.max(1) {
-                self.known.pop_lru();
+            while self.0.len() >= limits.cache_entries.max(1) {
+                self.0.pop_lru();
             }
-            self.known.put(head.into(), known.clone());
+            self.0.put(head.into(), known.clone());
         }
         Ok(known)
     }

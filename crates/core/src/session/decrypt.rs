@@ -5,7 +5,8 @@ use std::rc::Rc;
 use zeroize::Zeroize;
 
 use crate::access::{Admitted, Seen};
-use crate::cache::{KekIdentity, OpenedKey};
+use crate::armor;
+use crate::cache::{KekIdentity, OpenedKey, is_young};
 use crate::context::Context;
 use crate::envelope::{FLAG_AAD, FLAGS_AT, Header, Payload, Wrap, bound_prefix};
 use crate::error::{Error, Malformed, Mismatch, Result};
@@ -15,7 +16,7 @@ use crate::provider::{Wait, WrappedRef};
 use crate::seal::{Derived, ExpandedKey};
 use crate::session::{Purpose, Run, Session, bind};
 use crate::sink::Sink;
-use crate::stored::{Kind, Stored, Value, direct_shape};
+use crate::stored::{Kind, Stored, Value, direct_shape, head};
 
 /// What the caller says about the value to read.
 #[derive(Debug, Clone, Copy, Default)]
@@ -51,19 +52,10 @@ impl Session {
         sink: &mut dyn Sink,
     ) -> Result<ReadAs> {
         check_version(reading.version)?;
-        if let None | Some(2) = reading.version {
-            let mut decoded = std::mem::take(&mut self.sealed);
-            let read = match self.heads.parts(value, &mut decoded)? {
-                Some((header, payload)) => {
-                    Some(self.decrypt_parts(run, &header, payload, reading, value.kind(), sink)?)
-                }
-                None => None,
-            };
-            self.sealed = decoded;
-            self.trim();
-            if let Some(read_as) = read {
-                return Ok(read_as);
-            }
+        if let None | Some(2) = reading.version
+            && let Some(read_as) = self.decrypt_unparsed(run, value, reading, sink)?
+        {
+            return Ok(read_as);
         }
         match Stored::parse(value)? {
             Stored::Other(value) => self.read_other(run, value, reading.version, Plain::ByPolicy, sink),
@@ -71,7 +63,7 @@ impl Session {
                 Err(Error::VersionMismatch(reading.version.unwrap_or_default()))
             }
             Stored::Envelope { header, payload } => {
-                let read_as = self.decrypt_parts(run, &header, &payload, reading, value.kind(), sink)?;
+                let read_as = self.decrypt_parts(run, &header, &payload, None, reading, value.kind(), sink)?;
                 self.heads.remember(value, &header, &run.policy.limits)?;
                 Ok(read_as)
             }
@@ -85,19 +77,58 @@ impl Session {
         }
     }
 
-    /// Opens a payload under the DEK that the header holds.
+    /// Decrypts an envelope whose parts are found without parsing: a binary one by its lengths, an armored one when its
+    /// header was seen before. `None` for all other values.
+    #[inline]
+    fn decrypt_unparsed<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        value: Value<'_>,
+        reading: Reading<'_>,
+        sink: &mut dyn Sink,
+    ) -> Result<Option<ReadAs>> {
+        let read_as = match value {
+            Value::Bytes(bytes) => {
+                let (header, cached) = match self.opened.latest(bytes) {
+                    Some((header, opened)) => (header, Some(opened)),
+                    None => match head(value) {
+                        Some(header) => (header, None),
+                        None => return Ok(None),
+                    },
+                };
+                self.decrypt_parts(run, header, &bytes[header.len()..], cached, reading, Kind::Bytes, sink)?
+            }
+            Value::Text(text) => {
+                let Some((header, payload)) = self.heads.armored(text) else { return Ok(None) };
+                let mut decoded = std::mem::take(&mut self.sealed);
+                armor::decode_payload_into(payload, &mut decoded)?;
+                let read_as = self.decrypt_parts(run, &header, &decoded, None, reading, Kind::Text, sink)?;
+                self.sealed = decoded;
+                self.trim();
+                read_as
+            }
+        };
+        Ok(Some(read_as))
+    }
+
+    /// Opens a payload under the DEK that the header holds, which may be at hand.
+    #[expect(clippy::too_many_arguments, reason = "an envelope's parts and what is said about them")]
     #[inline]
     fn decrypt_parts<W: Wait>(
         &mut self,
         run: &mut Run<'_, W>,
         header: &[u8],
         payload: &[u8],
+        cached: Option<Rc<OpenedKey>>,
         reading: Reading<'_>,
         kind: Kind,
         sink: &mut dyn Sink,
     ) -> Result<ReadAs> {
         watch_envelope(run, header, payload)?;
-        let (opened, admitted) = self.opened_key(run, header)?;
+        let (opened, admitted) = match cached {
+            Some(opened) => self.cached_key(run, header, opened)?,
+            None => self.opened_key(run, header)?,
+        };
         self.open_envelope(&opened, header, payload, reading, kind, sink)?;
         run.gate.done(admitted);
         Ok(ReadAs::Envelope)
@@ -214,20 +245,40 @@ impl Session {
         run: &mut Run<'_, W>,
         header: &[u8],
     ) -> Result<(Rc<OpenedKey>, Admitted)> {
+        match self.opened.get(header) {
+            Some(opened) => self.cached_key(run, header, opened),
+            None => self.unwrapped_key(run, header),
+        }
+    }
+
+    /// A DEK of the cache, if it is young enough and the caller may use it; or through another wrap.
+    #[inline]
+    fn cached_key<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        header: &[u8],
+        opened: Rc<OpenedKey>,
+    ) -> Result<(Rc<OpenedKey>, Admitted)> {
+        if !is_young(opened.born_ms, self.clock.now_ms(), &run.policy.limits) {
+            self.opened.remove(header, &mut self.stats);
+            return self.unwrapped_key(run, header);
+        }
+        match run.admit_opening(&opened.seen, &opened.kek.name, &opened.owners, &opened.context) {
+            Ok(admitted) => {
+                self.stats.cache_hits += 1;
+                Ok((opened, admitted))
+            }
+            // Somebody else opened it through a wrap that is not for this caller. Another wrap may be: it must
+            // open the DEK itself, because a header may name wraps that hold nothing.
+            Err(Error::NotGranted { .. }) => self.unwrapped_key(run, header),
+            Err(other) => Err(other),
+        }
+    }
+
+    /// The DEK of a header through the first wrap that opens.
+    fn unwrapped_key<W: Wait>(&mut self, run: &mut Run<'_, W>, header: &[u8]) -> Result<(Rc<OpenedKey>, Admitted)> {
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
-        if let Some(opened) = self.opened.get(header, now, &limits, &mut self.stats) {
-            match run.admit_opening(&opened.seen, &opened.kek.name, &opened.owners, &opened.context) {
-                Ok(admitted) => {
-                    self.stats.cache_hits += 1;
-                    return Ok((opened, admitted));
-                }
-                // Somebody else opened it through a wrap that is not for this caller. Another wrap may be: it must
-                // open the DEK itself, because a header may name wraps that hold nothing.
-                Err(Error::NotGranted { .. }) => {}
-                Err(other) => return Err(other),
-            }
-        }
         self.stats.cache_misses += 1;
         let parsed = Header::parse(header)?;
         let mut failure = None;
@@ -270,7 +321,7 @@ impl Session {
     ) -> Result<(Rc<OpenedKey>, Admitted)> {
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
-        if let Some(opened) = self.opened.get(blob, now, &limits, &mut self.stats) {
+        if let Some(opened) = self.opened.get_young(blob, now, &limits, &mut self.stats) {
             let admitted = run.admit_opening(&opened.seen, &opened.kek.name, &[], &opened.context)?;
             self.stats.cache_hits += 1;
             return Ok((opened, admitted));

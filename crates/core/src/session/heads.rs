@@ -1,6 +1,5 @@
 //! What the headers of stored envelopes say, remembered: a table has many values for each header.
 
-use std::ops::Deref;
 use std::rc::Rc;
 
 use lru::LruCache;
@@ -13,23 +12,6 @@ use crate::stored::{Stored, Value, head};
 
 /// A wrap's key name and KEK id.
 pub(super) type Under = (String, String);
-
-/// A header: of the value at hand, or one that was decoded before.
-pub(super) enum HeaderBytes<'a> {
-    Here(&'a [u8]),
-    Known(Rc<[u8]>),
-}
-
-impl Deref for HeaderBytes<'_> {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        match self {
-            HeaderBytes::Here(bytes) => bytes,
-            HeaderBytes::Known(bytes) => bytes,
-        }
-    }
-}
 
 /// What a value is, without a key.
 pub(super) enum Form {
@@ -77,26 +59,9 @@ impl Heads {
 }
 
 impl Heads {
-    /// Header and payload of an envelope, where that takes no decoding of its header: of a binary one (whose header is not
-    /// checked here), and of an armored one that was seen before. `None` for all other values. `decoded` is scratch memory.
+    /// The header, decoded, and the armored payload of an armored envelope whose header was seen before.
     #[inline]
-    pub(super) fn parts<'a>(
-        &mut self,
-        value: Value<'a>,
-        decoded: &'a mut Vec<u8>,
-    ) -> Result<Option<(HeaderBytes<'a>, &'a [u8])>> {
-        match value {
-            Value::Bytes(bytes) => Ok(head(value).map(|head| (HeaderBytes::Here(head), &bytes[head.len()..]))),
-            Value::Text(text) => {
-                let Some((header, payload)) = self.armored(text) else { return Ok(None) };
-                armor::decode_payload_into(payload, decoded)?;
-                Ok(Some((HeaderBytes::Known(header), decoded)))
-            }
-        }
-    }
-
-    /// The header and the armored payload of an armored envelope whose header was seen before.
-    fn armored<'a>(&mut self, text: &'a str) -> Option<(Rc<[u8]>, &'a str)> {
+    pub(super) fn armored<'a>(&mut self, text: &'a str) -> Option<(Rc<[u8]>, &'a str)> {
         // The next value is likely to have the same as the last one.
         if let Some((head, known)) = self.0.peek_mru()
             && text.as_bytes().starts_with(head)

@@ -1,6 +1,8 @@
 //! The session's DEKs: bounded in number, age, uses and bytes; overwritten when they go.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
+use std::hash::{BuildHasher, Hasher};
 use std::num::NonZeroUsize;
 use std::rc::Rc;
 
@@ -58,18 +60,47 @@ impl OpenedKey {
     }
 }
 
+/// Hashes headers, and heads of armored envelopes, by their last bytes: they are of the commitment, so they differ where the
+/// DEKs do, and the rest is compared. Whoever stores many headers with one commitment slows down his own values only.
+#[derive(Default)]
+pub(crate) struct ByCommitment(lru::DefaultHasher);
+
+/// A hasher of the last bytes of what it is given.
+pub(crate) struct LastBytes<H>(H);
+
+impl BuildHasher for ByCommitment {
+    type Hasher = LastBytes<<lru::DefaultHasher as BuildHasher>::Hasher>;
+
+    fn build_hasher(&self) -> Self::Hasher {
+        LastBytes(self.0.build_hasher())
+    }
+}
+
+impl<H: Hasher> Hasher for LastBytes<H> {
+    #[inline]
+    fn write(&mut self, bytes: &[u8]) {
+        const MOST: usize = 16;
+        self.0.write(bytes.last_chunk::<MOST>().map_or(bytes, |last| last));
+    }
+
+    #[inline]
+    fn finish(&self) -> u64 {
+        self.0.finish()
+    }
+}
+
 /// Unwrapped DEKs by header; the one unused for longest goes first.
 pub struct OpenedCache {
-    entries: LruCache<Box<[u8]>, Rc<OpenedKey>>,
+    entries: LruCache<Box<[u8]>, Rc<OpenedKey>, ByCommitment>,
     /// Not later than the birth of the oldest entry.
     oldest_ms: u64,
-    name: Vec<u8>,
 }
 
 impl OpenedCache {
     /// An empty cache.
     pub fn new() -> Self {
-        OpenedCache { entries: LruCache::unbounded(), oldest_ms: u64::MAX, name: Vec::new() }
+        let entries = LruCache::unbounded_with_hasher(ByCommitment::default());
+        OpenedCache { entries, oldest_ms: u64::MAX }
     }
 
     /// The entry for a header, or for a literal form's blob; it may be too old. Flags do not count: one DEK serves with and
@@ -81,8 +112,7 @@ impl OpenedCache {
         {
             return Some(Rc::clone(entry));
         }
-        Self::write_name(&mut self.name, header);
-        self.entries.get(self.name.as_slice()).map(Rc::clone)
+        self.entries.get(&*name_of(header)).map(Rc::clone)
     }
 
     /// The entry, if it is not too old.
@@ -113,17 +143,15 @@ impl OpenedCache {
 
     /// Drops an entry that is too old.
     pub fn remove(&mut self, header: &[u8], stats: &mut SessionStats) {
-        Self::write_name(&mut self.name, header);
-        if self.entries.pop(self.name.as_slice()).is_some() {
+        if self.entries.pop(&*name_of(header)).is_some() {
             stats.cache_expiries += 1;
         }
     }
 
     /// Keeps an entry, within the limits.
     pub fn put(&mut self, header: &[u8], opened: Rc<OpenedKey>, limits: &Limits, stats: &mut SessionStats) {
-        Self::write_name(&mut self.name, header);
         self.oldest_ms = self.oldest_ms.min(opened.born_ms);
-        self.entries.put(self.name.as_slice().into(), opened);
+        self.entries.put(name_of(header).into(), opened);
         self.evict(limits, stats);
     }
 
@@ -176,14 +204,19 @@ impl OpenedCache {
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
+}
 
-    fn write_name(name: &mut Vec<u8>, header: &[u8]) {
-        name.clear();
-        name.extend_from_slice(header);
-        // The literal form's blob has no flags; it never begins with the magic, so names cannot collide.
-        if header.starts_with(&MAGIC) {
+/// Under what [`OpenedCache`] has a header, or a literal form's blob: without the aad's flag. A blob has no flags; it never
+/// begins with the magic, so names cannot collide.
+#[inline]
+fn name_of(header: &[u8]) -> Cow<'_, [u8]> {
+    match header.get(FLAGS_AT) {
+        Some(flags) if flags & FLAG_AAD != 0 && header.starts_with(&MAGIC) => {
+            let mut name = header.to_vec();
             name[FLAGS_AT] &= !FLAG_AAD;
+            Cow::Owned(name)
         }
+        _ => Cow::Borrowed(header),
     }
 }
 

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use lru::LruCache;
 
 use crate::armor;
+use crate::cache::ByCommitment;
 use crate::envelope::{Header, Payload, Wrap};
 use crate::error::Result;
 use crate::policy::Limits;
@@ -33,11 +34,11 @@ pub(super) struct Known {
 }
 
 /// Headers by their stored form. Holds no secret.
-pub(super) struct Heads(LruCache<Box<[u8]>, Known>);
+pub(super) struct Heads(LruCache<Box<[u8]>, Known, ByCommitment>);
 
 impl Default for Heads {
     fn default() -> Self {
-        Heads(LruCache::unbounded())
+        Heads(LruCache::unbounded_with_hasher(ByCommitment::default()))
     }
 }
 

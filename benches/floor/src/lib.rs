@@ -84,7 +84,7 @@ pub unsafe extern "C-unwind" fn floor_open_aws_lc(fcinfo: pg_sys::FunctionCallIn
     unsafe { call(fcinfo, open) }
 }
 
-/// The second version of PostgreSQL's calling convention is the first.
+/// Version 1 of PostgreSQL's calling convention, the only one there is.
 static CONVENTION: pg_sys::Pg_finfo_record = pg_sys::Pg_finfo_record { api_version: 1 };
 
 #[unsafe(no_mangle)]

@@ -18,8 +18,10 @@ GROUPS = ("decrypt bytea 1", "decrypt bytea 1000", "decrypt text 1", "decrypt te
 def measure(seconds: float) -> "Dict[Tuple[str, int], float]":
     """Nanoseconds a value, by group and size."""
     timing = ["--warm-up-time", str(seconds / 3), "--measurement-time", str(seconds), "--noplot"]
-    subprocess.run(["cargo", "bench", "-q", "-p", "vod_tender_core", "--bench", "values", "--", *timing],
-                   cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run(["cargo", "bench", "-q", "-p", "vod_tender_core", "--bench", "values", "--", *timing],
+                          cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    if done.returncode != 0:
+        raise SystemExit(done.stderr[-4000:])
     return {(group, size): _median(group, size) for group in GROUPS for size in SIZES}
 
 

@@ -16,6 +16,7 @@ mod configuration;
 mod data_path;
 mod doctor;
 mod errors;
+mod fetch;
 mod process;
 mod results;
 mod row_expression;

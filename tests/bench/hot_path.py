@@ -71,7 +71,8 @@ def queries(cluster: Cluster, shape: Shape, extensions: "dict[str, bool]") -> "D
             assert lengths == number(connection, "SELECT array_agg(DISTINCT octet_length(v)) FROM floor"), lengths
         add("scan floor", "v", "floor")
         add("floor", f"floor_open(v, {padding})", "floor", total)
-        add("floor, AWS-LC", f"floor_open_aws_lc(v, {padding})", "floor", total)
+        add("floor, loaded ahead", f"floor_open_ahead(v, {padding})", "floor", total)
+        add("floor, RustCrypto", f"floor_open_rust_crypto(v, {padding})", "floor", total)
     if extensions["pgcrypto"]:
         add("pgcrypto decrypt", f"decrypt(v, {PGCRYPTO_KEY}, 'aes')", "pgc", total)
         add("pgcrypto encrypt", f"encrypt(v, {PGCRYPTO_KEY}, 'aes')", "plain_bytea")

@@ -8,7 +8,7 @@ use lru::LruCache;
 
 use crate::access::Seen;
 use crate::context::Context;
-use crate::envelope::FLAGS_AT;
+use crate::envelope::{FLAG_AAD, FLAGS_AT, MAGIC, PAYLOAD_OVERHEAD};
 use crate::keyring::{Kek, Keyring};
 use crate::policy::{DEK_USES_CAP, Limits};
 use crate::seal::ExpandedKey;
@@ -72,22 +72,51 @@ impl OpenedCache {
         OpenedCache { entries: LruCache::unbounded(), oldest_ms: u64::MAX, name: Vec::new() }
     }
 
-    /// The entry for a header, or for a literal form's blob. Flags do not count: one DEK serves with and without aad.
-    pub fn get(
+    /// The entry for a header, or for a literal form's blob; it may be too old. Flags do not count: one DEK serves with and
+    /// without aad.
+    #[inline]
+    pub fn get(&mut self, header: &[u8]) -> Option<Rc<OpenedKey>> {
+        if let Some((name, entry)) = self.entries.peek_mru()
+            && is_named(header, name)
+        {
+            return Some(Rc::clone(entry));
+        }
+        Self::write_name(&mut self.name, header);
+        self.entries.get(self.name.as_slice()).map(Rc::clone)
+    }
+
+    /// The entry, if it is not too old.
+    pub fn get_young(
         &mut self,
         header: &[u8],
         now_ms: u64,
         limits: &Limits,
         stats: &mut SessionStats,
     ) -> Option<Rc<OpenedKey>> {
-        Self::write_name(&mut self.name, header);
-        let entry = self.entries.get(self.name.as_slice())?;
+        let entry = self.get(header)?;
         if is_young(entry.born_ms, now_ms, limits) {
-            return Some(Rc::clone(entry));
+            return Some(entry);
         }
-        self.entries.pop(self.name.as_slice());
-        stats.cache_expiries += 1;
+        self.remove(header, stats);
         None
+    }
+
+    /// The header of a binary envelope, and its entry, if it is the one that was asked for last: the next value is likely to
+    /// have the same, and then comparing finds where it ends.
+    #[inline]
+    pub fn latest<'a>(&self, envelope: &'a [u8]) -> Option<(&'a [u8], Rc<OpenedKey>)> {
+        let (name, entry) = self.entries.peek_mru()?;
+        let header = envelope.get(..name.len())?;
+        let has_payload = envelope.len() - header.len() >= PAYLOAD_OVERHEAD;
+        (has_payload && name.starts_with(&MAGIC) && is_named(header, name)).then(|| (header, Rc::clone(entry)))
+    }
+
+    /// Drops an entry that is too old.
+    pub fn remove(&mut self, header: &[u8], stats: &mut SessionStats) {
+        Self::write_name(&mut self.name, header);
+        if self.entries.pop(self.name.as_slice()).is_some() {
+            stats.cache_expiries += 1;
+        }
     }
 
     /// Keeps an entry, within the limits.
@@ -152,10 +181,24 @@ impl OpenedCache {
         name.clear();
         name.extend_from_slice(header);
         // The literal form's blob has no flags; it never begins with the magic, so names cannot collide.
-        if header.starts_with(&crate::envelope::MAGIC) {
-            name[FLAGS_AT] = 0;
+        if header.starts_with(&MAGIC) {
+            name[FLAGS_AT] &= !FLAG_AAD;
         }
     }
+}
+
+/// Whether [`OpenedCache`] has a header, or a literal form's blob, under this name.
+#[inline]
+fn is_named(header: &[u8], name: &[u8]) -> bool {
+    if header.len() != name.len() {
+        return false;
+    }
+    if !header.starts_with(&MAGIC) || header.len() <= FLAGS_AT {
+        return header == name;
+    }
+    header[FLAGS_AT] & !FLAG_AAD == name[FLAGS_AT]
+        && header[..FLAGS_AT] == name[..FLAGS_AT]
+        && header[FLAGS_AT + 1..] == name[FLAGS_AT + 1..]
 }
 
 impl Default for OpenedCache {

@@ -49,22 +49,19 @@ def fresh(cluster, work: "Callable[[object], float]", repeats: int) -> float:
 
 def loading(repeats: int) -> "Dict[str, float]":
     """LOAD in a session, where the library is preloaded and where it is not."""
-    found = {}
-    for preloaded in (False, True):
-        settings = {"shared_preload_libraries": LIBRARY} if preloaded else {}
-        # Another session has it too, as on any server that uses it: the library's own pages are shared.
-        with server(settings) as cluster, session(cluster):
+    def loaded(connection) -> float:
+        connection.execute(f"LOAD '{LIBRARY}'")
+        return private_mb(connection)
 
-            def loaded(connection) -> float:
-                connection.execute(f"LOAD '{LIBRARY}'")
-                return private_mb(connection)
-
-            prefix = "preloaded_" if preloaded else ""
-            if not preloaded:
-                found["plain_mb"] = fresh(cluster, lambda connection: timed(connection, "SELECT 1") and private_mb(connection), repeats)
-            found[f"{prefix}load_ms"] = fresh(cluster, lambda connection: timed(connection, f"LOAD '{LIBRARY}'"), repeats)
-            found[f"{prefix}mb"] = fresh(cluster, loaded, repeats) - found["plain_mb"]
-    found["load_mb"] = found.pop("mb")
+    with server() as cluster:
+        found = {"load_alone_mb": fresh(cluster, loaded, repeats) - fresh(cluster, private_mb, repeats)}
+        with session(cluster):
+            found["plain_mb"] = plain = fresh(cluster, private_mb, repeats)
+            found["load_mb"] = fresh(cluster, loaded, repeats) - plain
+            found["load_ms"] = fresh(cluster, lambda connection: timed(connection, f"LOAD '{LIBRARY}'"), repeats)
+    with server({"shared_preload_libraries": LIBRARY}) as cluster, session(cluster):
+        found["preloaded_mb"] = fresh(cluster, loaded, repeats) - plain
+        found["preloaded_load_ms"] = fresh(cluster, lambda connection: timed(connection, f"LOAD '{LIBRARY}'"), repeats)
     return found
 
 
@@ -79,26 +76,28 @@ def calling(repeats: int) -> "Dict[str, float]":
         def opened(key: str, n: int) -> str:
             return f"SELECT envelope_decrypt(v) FROM t WHERE k = '{key}' AND n = {n}"
 
-        def holds(connection, *statements: str) -> float:
-            for statement in statements:
-                connection.execute(statement)
-            return private_mb(connection)
+        def holds(*statements: str) -> "Callable[[object], float]":
+            def run(connection) -> float:
+                for statement in statements:
+                    connection.execute(statement)
+                return private_mb(connection)
+            return run
 
         def first(connection) -> float:
             """How much longer the first call takes than the one after it."""
             return timed(connection, opened("kms", 1)) - timed(connection, opened("kms", 2))
 
-        # As in loading(): the pages of the library that a call runs through are in some other session too.
-        companion = session(cluster)
-        holds(companion, opened("kms", 1), opened("default", 1))
-        neither = fresh(cluster, lambda connection: holds(connection, "SELECT count(octet_length(v)) FROM t"), repeats)
-        local = fresh(cluster, lambda connection: holds(connection, opened("default", 1)), repeats)
-        called = fresh(cluster, lambda connection: holds(connection, opened("kms", 1), opened("kms", 2)), repeats)
-        kms.inject(faults.delay(LATENCY))
-        first_call = fresh(cluster, first, repeats)
-        companion.close()
-        return {"local_mb": local - neither, "kms_mb": called - neither, "kms_over_local_mb": called - local,
-                "first_call_ms": first_call}
+        plain = holds("SELECT count(octet_length(v)) FROM t")
+        called = holds(opened("kms", 1), opened("kms", 2))
+        found = {"kms_alone_mb": fresh(cluster, called, repeats) - fresh(cluster, plain, repeats)}
+        with session(cluster) as companion:
+            called(companion)
+            nothing = fresh(cluster, plain, repeats)
+            found["local_mb"] = fresh(cluster, holds(opened("default", 1)), repeats) - nothing
+            found["kms_mb"] = fresh(cluster, called, repeats) - nothing
+            kms.inject(faults.delay(LATENCY))
+            found["first_call_ms"] = fresh(cluster, first, repeats)
+        return found
 
 
 def idle(sessions: int) -> "Dict[str, float]":
@@ -127,16 +126,17 @@ def idle(sessions: int) -> "Dict[str, float]":
 def text(found: "Dict[str, float]", repeats: int) -> str:
     """The result, as docs/BENCHMARKS.md shows it."""
     return "\n".join([
-        f"Medians of {repeats} fresh sessions. Private memory is private clean and dirty pages; a session that has done "
-        f"nothing but `SELECT 1` has {found['plain_mb']:.1f} MB.",
+        f"Medians of {repeats} fresh sessions. Private memory is private clean and dirty pages, beyond the "
+        f"{found['plain_mb']:.1f} MB of a session that has loaded nothing. Pages of the library itself are private only as "
+        "long as one session has it: *alone*.",
         "",
-        "| a session | takes | private memory more |",
-        "| --- | --- | --- |",
-        f"| `LOAD 'vod_tender_crypto'` | {found['load_ms']:.2f} ms | {found['load_mb']:.2f} MB |",
-        f"| the same, with `shared_preload_libraries` | {found['preloaded_load_ms']:.2f} ms | {found['preloaded_mb']:.2f} MB |",
-        f"| opened a value under a local key | | {found['local_mb']:.1f} MB |",
-        f"| opened two values under AWS KMS | first call: {found['first_call_ms']:.1f} ms over the network's time | "
-        f"{found['kms_mb']:.1f} MB ({found['kms_over_local_mb']:.1f} over the local key) |",
+        "| a session | takes | private memory, MB | alone |",
+        "| --- | --- | --- | --- |",
+        f"| `LOAD 'vod_tender_crypto'` | {found['load_ms']:.2f} ms | {found['load_mb']:.2f} | {found['load_alone_mb']:.2f} |",
+        f"| the same, with `shared_preload_libraries` | {found['preloaded_load_ms']:.2f} ms | {found['preloaded_mb']:.2f} | |",
+        f"| opened a value under a local key | | {found['local_mb']:.2f} | |",
+        f"| opened two values under AWS KMS | the first call adds {found['first_call_ms']:.1f} ms | {found['kms_mb']:.2f} | "
+        f"{found['kms_alone_mb']:.2f} |",
         "",
         f"{found['sessions']:.0f} idle sessions that hold {DEKS:,} DEKs each: {found['total_pss_mb']:,.0f} MB in all (Pss), "
         f"{found['session_mb']:.2f} MB a session; {found['session_private_mb']:.2f} MB of it private, "

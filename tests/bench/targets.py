@@ -33,7 +33,7 @@ class Target:
         return figure >= self.bound if self.side == AT_LEAST else figure <= self.bound
 
     def row(self, figure: "float | None") -> str:
-        shown = "not measured" if figure is None else f"{figure:.3g}{self.unit}"
+        shown = "not measured" if figure is None else f"{round(figure, 3):.3g}{self.unit}"
         verdict = "" if figure is None else "met" if self.met(figure) else "**missed**"
         return f"| {self.what} | {shown} | {self.side} {self.bound:g}{self.unit} | {verdict} |"
 

@@ -12,7 +12,11 @@ DECLARE
     plan vod_tender_crypto.job_plan;
     failure record;
     block bigint;
-    blocks CONSTANT bigint := 256;
+    most_blocks CONSTANT bigint := 256;
+    blocks bigint;
+    looked record;
+    -- Half of what the session keeps, so that nothing goes before it is used.
+    most_heads integer;
     unopened bigint := 0;
 BEGIN
     j.operation := 'verify';
@@ -27,10 +31,18 @@ BEGIN
     PERFORM vod_tender_crypto.check_target(j.target, j.columns, false);
     FOR relation IN SELECT vod_tender_crypto.storing_relations(j.target) LOOP
         plan := vod_tender_crypto.plan_job(j, relation);
+        -- Known by now: the library is loaded.
+        most_heads := greatest(current_setting('vod_tender_crypto.dek_cache_entries')::integer / 2, 1);
         block := 0;
+        blocks := most_blocks;
         WHILE block * current_setting('block_size')::bigint < pg_relation_size(relation) LOOP
-            -- Forgets what key services refused before.
-            PERFORM vod_tender_crypto.prepare_batch(vod_tender_crypto.job_task(j, false), NULL, 0, 0);
+            -- What these blocks need from key services, all together.
+            looked := vod_tender_crypto.job_look(plan, format('(%s,0)', block)::tid, format('(%s,0)', block + blocks)::tid, NULL);
+            IF cardinality(looked.heads) > most_heads AND blocks > 1 THEN
+                blocks := blocks / 2;
+                CONTINUE;
+            END IF;
+            PERFORM vod_tender_crypto.prepare_batch(vod_tender_crypto.job_task(j, false), looked.heads, 0, 0);
             FOR failure IN EXECUTE plan.fail_sql
                 USING format('(%s,0)', block)::tid, format('(%s,65535)', block + blocks - 1)::tid
             LOOP
@@ -41,6 +53,7 @@ BEGIN
                 RETURN NEXT;
             END LOOP;
             block := block + blocks;
+            blocks := least(blocks * 2, most_blocks);
         END LOOP;
     END LOOP;
     RAISE NOTICE '%: % values do not open', j.target, unopened;

@@ -109,16 +109,12 @@ mod vod_tender_crypto {
             });
             made.unwrap_or_else(|error| raise(&error, Kind::Text));
         }
-        for head in heads.iter().flat_map(Array::iter).flatten() {
-            let prepared = backend::with(function(task.operation), Kind::Text, |session, run| {
-                let prepared = session.prepare_head(run, task, head);
-                Ok(prepared.map_err(|error| (is_values_fault(task, run, &error), error)))
-            });
-            match prepared.unwrap_or_else(|error| raise(&error, Kind::Text)) {
-                Ok(()) => {}
-                Err((true, error)) => refuse(head, &error),
-                Err((false, error)) => raise(&error, Kind::Text),
-            }
+        let heads: Vec<_> = heads.iter().flat_map(Array::iter).flatten().collect();
+        let refused = backend::with(function(task.operation), Kind::Text, |session, run| {
+            session.prepare_heads(run, task, &heads)
+        });
+        for (place, error) in refused.unwrap_or_else(|error| raise(&error, Kind::Text)) {
+            refuse(heads[place], &error);
         }
     }
 
@@ -160,11 +156,7 @@ mod vod_tender_crypto {
 
     /// Whether another value may fare better. What is wrong with the KEK that new values are made under is wrong for all.
     fn is_values_fault<W>(task: BulkTask<'_>, run: &Run<'_, W>, error: &Error) -> bool {
-        let target = match task.operation {
-            BulkOperation::Migrate | BulkOperation::Rewrap => run.keyring.for_encrypting(task.key).ok(),
-            BulkOperation::Downgrade | BulkOperation::Verify => None,
-        };
-        error.concerns_one_value(target.map(|kek| kek.name.as_str()))
+        error.concerns_one_value(task.target(run.keyring))
     }
 
     /// What the audit calls a job.

@@ -16,6 +16,7 @@ mod configuration;
 mod data_path;
 mod doctor;
 mod errors;
+mod prefetch;
 mod process;
 mod results;
 mod row_expression;
@@ -87,6 +88,17 @@ pgrx::extension_sql_file!(
     name = "decrypting_view",
     requires = ["decrypting_view_triggers"]
 );
+pgrx::extension_sql_file!(
+    "../sql/prefetch.sql",
+    name = "prefetch",
+    requires = [
+        "catalog",
+        prefetch::vod_tender_crypto::prefetch_heads,
+        prefetch::vod_tender_crypto::stored_head_text,
+        prefetch::vod_tender_crypto::stored_head_bytea,
+        transactions::vod_tender_crypto::lock_readable
+    ]
+);
 pgrx::extension_sql_file!("../sql/verify.sql", name = "verify", requires = ["jobs"]);
 pgrx::extension_sql_file!(
     "../sql/census.sql",
@@ -132,6 +144,6 @@ pgrx::extension_sql_file!("../sql/doctor.sql", name = "doctor", requires = ["doc
 pgrx::extension_sql_file!(
     "../sql/grants.sql",
     name = "grants",
-    requires = ["verify", "census", "key_grant", "audit", "honey", "doctor", "decrypting_view"],
+    requires = ["verify", "census", "key_grant", "audit", "honey", "doctor", "decrypting_view", "prefetch"],
     finalize
 );

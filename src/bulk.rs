@@ -94,6 +94,23 @@ mod vod_tender_crypto {
             .unwrap_or_else(|error| raise(&error, value.kind()))
     }
 
+    /// The same, but NULL also for what the session has fetched.
+    #[pg_extern(name = "unfetched_head", stable, parallel_restricted)]
+    fn unfetched_head_text(stored: Option<TextIn<'_>>) -> Option<Vec<u8>> {
+        unfetched_head(Value::Text(stored?.get()?))
+    }
+
+    /// The same for `bytea`.
+    #[pg_extern(name = "unfetched_head", stable, parallel_restricted)]
+    fn unfetched_head_bytea(stored: Option<&[u8]>) -> Option<Vec<u8>> {
+        unfetched_head(Value::Bytes(stored?))
+    }
+
+    fn unfetched_head(value: Value<'_>) -> Option<Vec<u8>> {
+        backend::with(Function::Other, value.kind(), |session, run| session.unfetched_head(run, value))
+            .unwrap_or_else(|error| raise(&error, value.kind()))
+    }
+
     /// Fetches from the key service what the next batch of a job needs: DEKs for `needed` values (and when it has to be
     /// asked at all, for `wanted`), and what `heads` stand for. What the service refuses about a head is kept for
     /// `conversion_error`; raises for everything else.

@@ -61,6 +61,8 @@ pgrx::extension_sql_file!(
         bulk::vod_tender_crypto::conversion_error_bytea,
         bulk::vod_tender_crypto::needed_head_text,
         bulk::vod_tender_crypto::needed_head_bytea,
+        bulk::vod_tender_crypto::unfetched_head_text,
+        bulk::vod_tender_crypto::unfetched_head_bytea,
         bulk::vod_tender_crypto::kek_id_text,
         bulk::vod_tender_crypto::kek_id_bytea,
         bulk::vod_tender_crypto::prepare_batch,

@@ -162,8 +162,10 @@ impl OpenedCache {
         name.clear();
         name.extend_from_slice(header);
         // The literal form's blob has no flags; it never begins with the magic, so names cannot collide.
-        if header.starts_with(&crate::envelope::MAGIC) {
-            name[FLAGS_AT] = 0;
+        if header.starts_with(&crate::envelope::MAGIC)
+            && let Some(flags) = name.get_mut(FLAGS_AT)
+        {
+            *flags = 0;
         }
     }
 }

@@ -1,5 +1,7 @@
 //! What the bulk jobs do with each stored value, and what may be said of it without a key service.
 
+use std::rc::Rc;
+
 use lru::LruCache;
 use zeroize::Zeroizing;
 
@@ -206,6 +208,18 @@ impl Session {
             Ok(Form::Literal(blob)) => Some(blob),
             Ok(Form::Other) | Err(_) => None,
         })
+    }
+
+    /// The same, but `None` also for what was fetched: for those who go over many values under few DEKs.
+    pub fn unfetched_head<W>(&mut self, run: &Run<'_, W>, value: Value<'_>) -> Result<Option<Vec<u8>>> {
+        let limits = &run.policy.limits;
+        let head: Rc<[u8]> = match self.heads.form(value, limits) {
+            Ok(Form::Envelope(known)) => known.header,
+            Ok(Form::Literal(blob)) => blob.into(),
+            Ok(Form::Other) | Err(_) => return Ok(None),
+        };
+        let opened = self.opened.get(&head, self.clock.now_ms(), limits, &mut self.stats);
+        Ok(opened.is_none().then(|| head.to_vec()))
     }
 
     /// Has the key services do what the operation needs for all values with these headers (or these literal forms' blobs),

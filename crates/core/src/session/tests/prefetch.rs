@@ -195,6 +195,17 @@ fn what_is_wrong_with_one_value_is_left_for_its_reader() {
 }
 
 #[test]
+fn what_is_no_header_is_left_out_of_it() {
+    let (mut world, values) = cold(1);
+    let whole = head(&values[0]);
+    let heads: Vec<_> = (4..whole.len()).map(|length| &whole[..length]).collect();
+    let (session, mut run) = world.split();
+    assert_eq!(session.prefetch(&mut run, &heads).unwrap(), fetched(0, 0));
+    assert_eq!(session.prefetch_rewraps(&mut run, None, &heads).unwrap(), fetched(0, 0));
+    assert_eq!(world.unwrapped(), 0);
+}
+
+#[test]
 fn a_service_that_is_down_is_asked_no_further_and_what_came_stays() {
     for fault in [Fault::Unreachable, Fault::Throttled, Fault::BadAnswer] {
         let (mut world, values) = cold(40);

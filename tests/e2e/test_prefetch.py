@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import os
 import time
 
 import psycopg
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from psycopg.rows import dict_row
 
 import kms_faults as faults
@@ -129,6 +132,18 @@ def test_values_with_and_without_aad_share_a_data_key(made, kms):
     with made.connect() as session:
         assert prefetch(session, target="two_kinds") == 1
         assert kms.counts == {"Decrypt": 1}
+
+
+def test_the_literal_form_is_fetched_too(made, reader, kms):
+    fresh = kms.client().generate_data_key(KeyId=kms.arn, KeySpec="AES_256")
+    nonce = os.urandom(12)
+    payload = nonce + AESGCM(fresh["Plaintext"]).encrypt(nonce, b"token", None)
+    value = ":".join(["kms:v2", base64.b64encode(fresh["CiphertextBlob"]).decode(), base64.b64encode(payload).decode()])
+    kms.reset_record()
+    assert one(reader, "SELECT envelope_prefetch(ARRAY[%s, %s])", value, value) == 1
+    assert one(reader, "SELECT envelope_decrypt(%s)", value) == "token"
+    assert kms.counts == {"Decrypt": 1}
+    assert one(reader, "SELECT envelope_prefetch(ARRAY[%s], 'rewrap', 'main')", value) == 0, "it cannot be rewrapped"
 
 
 # -- which relations, and whose SQL -------------------------------------------------------------------
@@ -404,7 +419,7 @@ def test_a_cancel_loses_nothing_and_the_session_works_on(made, kms):
         assert at - began <= SLACK, at - began
         kms.clear_faults()
         kept = stats(session)["cached_deks"]
-        assert 8 <= kept < ROWS
+        assert 5 <= kept < ROWS, "what made room for the ninth request"
         assert prefetch(session) == ROWS - kept
         assert reads_all(session)
 

@@ -45,8 +45,8 @@ fuzz: ## every fuzz target for SECONDS_EACH seconds (60)
 	scripts/setup fuzz
 	scripts/fuzz $(SECONDS_EACH)
 
-bench: install ## figures of docs/BENCHMARKS.md
-	scripts/bench
+bench: install ## figures of docs/BENCHMARKS.md; ENFORCE=1 fails when a target was missed
+	scripts/bench $(if $(ENFORCE),--enforce)
 
 soak: install ## jobs under kills and traffic for SOAK_SECONDS (60) each stretch
 	scripts/soak

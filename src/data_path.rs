@@ -10,7 +10,7 @@ use vod_tender_core::session::{ReadAs, Reading, Run, Sealing, Session};
 use vod_tender_core::stored::{self, Kind, Value};
 use vod_tender_core::{Error, Result};
 
-use crate::arguments::{ContextIn, TextIn};
+use crate::arguments::{BytesIn, ContextIn, TextIn};
 use crate::backend;
 use crate::errors::raise;
 use crate::results::{BytesOut, TextOut, Varlena};
@@ -28,12 +28,12 @@ fn envelope_encrypt_text<'a>(
 
 #[pg_extern(name = "envelope_encrypt", cost = 1000, volatile, parallel_restricted)]
 fn envelope_encrypt_bytea<'a>(
-    plaintext: Option<&'a [u8]>,
+    plaintext: Option<BytesIn<'a>>,
     key: default!(Option<TextIn<'a>>, "NULL"),
     context: default!(Option<ContextIn>, "NULL"),
     aad: default!(Option<TextIn<'a>>, "NULL"),
 ) -> Option<BytesOut> {
-    encrypt(Value::Bytes(plaintext?), &key, &context, &aad).map(BytesOut)
+    encrypt(Value::Bytes(plaintext?.0), &key, &context, &aad).map(BytesOut)
 }
 
 #[pg_extern(name = "envelope_decrypt", cost = 1000, stable, parallel_restricted)]
@@ -48,12 +48,12 @@ fn envelope_decrypt_text<'a>(
 
 #[pg_extern(name = "envelope_decrypt", cost = 1000, stable, parallel_restricted)]
 fn envelope_decrypt_bytea<'a>(
-    value: Option<&'a [u8]>,
+    value: Option<BytesIn<'a>>,
     aad: default!(Option<TextIn<'a>>, "NULL"),
     context: default!(Option<ContextIn>, "NULL"),
     version: default!(Option<i32>, "NULL"),
 ) -> Option<BytesOut> {
-    decrypt(Value::Bytes(value?), &aad, &context, version).map(BytesOut)
+    decrypt(Value::Bytes(value?.0), &aad, &context, version).map(BytesOut)
 }
 
 #[pg_extern(name = "rewrap", cost = 1000, volatile, parallel_restricted)]
@@ -62,8 +62,8 @@ fn rewrap_text<'a>(value: Option<TextIn<'a>>, key: default!(Option<TextIn<'a>>, 
 }
 
 #[pg_extern(name = "rewrap", cost = 1000, volatile, parallel_restricted)]
-fn rewrap_bytea<'a>(value: Option<&'a [u8]>, key: default!(Option<TextIn<'a>>, "NULL")) -> Option<BytesOut> {
-    rewrap(Value::Bytes(value?), &key).map(BytesOut)
+fn rewrap_bytea<'a>(value: Option<BytesIn<'a>>, key: default!(Option<TextIn<'a>>, "NULL")) -> Option<BytesOut> {
+    rewrap(Value::Bytes(value?.0), &key).map(BytesOut)
 }
 
 #[pg_extern(name = "envelope_upgrade", cost = 1000, volatile, parallel_restricted)]
@@ -79,13 +79,13 @@ fn envelope_upgrade_text<'a>(
 
 #[pg_extern(name = "envelope_upgrade", cost = 1000, volatile, parallel_restricted)]
 fn envelope_upgrade_bytea<'a>(
-    value: Option<&'a [u8]>,
+    value: Option<BytesIn<'a>>,
     key: default!(Option<TextIn<'a>>, "NULL"),
     context: default!(Option<ContextIn>, "NULL"),
     aad: default!(Option<TextIn<'a>>, "NULL"),
     version: default!(Option<i32>, "NULL"),
 ) -> Option<BytesOut> {
-    upgrade(Value::Bytes(value?), &key, &context, &aad, version).map(BytesOut)
+    upgrade(Value::Bytes(value?.0), &key, &context, &aad, version).map(BytesOut)
 }
 
 #[pg_extern(name = "envelope_downgrade", cost = 1000, volatile, parallel_restricted)]
@@ -99,11 +99,11 @@ fn envelope_downgrade_text<'a>(
 
 #[pg_extern(name = "envelope_downgrade", cost = 1000, volatile, parallel_restricted)]
 fn envelope_downgrade_bytea<'a>(
-    value: Option<&'a [u8]>,
+    value: Option<BytesIn<'a>>,
     aad: default!(Option<TextIn<'a>>, "NULL"),
     version: default!(Option<i32>, "NULL"),
 ) -> Option<BytesOut> {
-    downgrade(Value::Bytes(value?), &aad, version).map(BytesOut)
+    downgrade(Value::Bytes(value?.0), &aad, version).map(BytesOut)
 }
 
 #[pg_extern(name = "envelope_version", stable, parallel_restricted)]
@@ -112,8 +112,8 @@ fn envelope_version_text(value: Option<TextIn<'_>>) -> Option<i32> {
 }
 
 #[pg_extern(name = "envelope_version", stable, parallel_restricted)]
-fn envelope_version_bytea(value: Option<&[u8]>) -> Option<i32> {
-    version(Value::Bytes(value?))
+fn envelope_version_bytea(value: Option<BytesIn<'_>>) -> Option<i32> {
+    version(Value::Bytes(value?.0))
 }
 
 #[pg_extern(name = "envelope_info", stable, parallel_restricted)]
@@ -122,8 +122,8 @@ fn envelope_info_text(value: Option<TextIn<'_>>) -> Option<JsonB> {
 }
 
 #[pg_extern(name = "envelope_info", stable, parallel_restricted)]
-fn envelope_info_bytea(value: Option<&[u8]>) -> Option<JsonB> {
-    info(Value::Bytes(value?))
+fn envelope_info_bytea(value: Option<BytesIn<'_>>) -> Option<JsonB> {
+    info(Value::Bytes(value?.0))
 }
 
 #[pg_extern(name = "is_envelope", immutable, parallel_safe)]
@@ -133,8 +133,8 @@ fn is_envelope_text(value: Option<TextIn<'_>>) -> Option<bool> {
 }
 
 #[pg_extern(name = "is_envelope", immutable, parallel_safe)]
-fn is_envelope_bytea(value: Option<&[u8]>) -> Option<bool> {
-    Some(stored::is_envelope(Value::Bytes(value?)))
+fn is_envelope_bytea(value: Option<BytesIn<'_>>) -> Option<bool> {
+    Some(stored::is_envelope(Value::Bytes(value?.0)))
 }
 
 /// Wipes this session's data keys and closes its connections to key services.

@@ -16,6 +16,7 @@ mod configuration;
 mod data_path;
 mod doctor;
 mod errors;
+mod fetch;
 mod prefetch;
 mod process;
 mod results;

@@ -21,23 +21,52 @@ pub struct Varlena {
     length: usize,
 }
 
+// Not through pgrx, whose guard costs as much as the allocation: within PostgreSQL's limit of one allocation, and told to
+// give null where there is no memory, it raises nothing.
+unsafe extern "C" {
+    fn MemoryContextAllocExtended(
+        context: pg_sys::MemoryContext,
+        size: pg_sys::Size,
+        flags: std::ffi::c_int,
+    ) -> *mut std::ffi::c_void;
+}
+
 impl Sink for Varlena {
     fn buffer(&mut self, len: usize) -> Result<&mut [u8], Error> {
-        if len > MAX_ALLOC - HEADER {
-            return Err(Error::TooLarge);
-        }
-        // SAFETY: palloc gives that many bytes or raises. Every byte is initialised before a slice is made of them.
+        let start = self.allocate(len)?;
+        // SAFETY: that many bytes were allocated, and all are initialised before a slice is made of them.
         unsafe {
-            let start = pg_sys::palloc(len + HEADER).cast::<u8>();
-            std::ptr::write_bytes(start, 0, len + HEADER);
-            self.start = std::ptr::NonNull::new(start);
-            self.length = len;
-            Ok(std::slice::from_raw_parts_mut(start.add(HEADER), len))
+            std::ptr::write_bytes(start, 0, len);
+            Ok(std::slice::from_raw_parts_mut(start, len))
+        }
+    }
+
+    fn copied(&mut self, bytes: &[u8]) -> Result<&mut [u8], Error> {
+        let start = self.allocate(bytes.len())?;
+        // SAFETY: as above; what was just allocated does not overlap anything.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), start, bytes.len());
+            Ok(std::slice::from_raw_parts_mut(start, bytes.len()))
         }
     }
 }
 
 impl Varlena {
+    /// Room for `len` bytes that the caller must initialise before anything else is done with the result.
+    fn allocate(&mut self, len: usize) -> Result<*mut u8, Error> {
+        if len > MAX_ALLOC - HEADER {
+            return Err(Error::TooLarge);
+        }
+        let flags = pg_sys::MCXT_ALLOC_NO_OOM as std::ffi::c_int;
+        // SAFETY: the size is within PostgreSQL's limit. Where memory was given, the pointer stays within it.
+        unsafe {
+            let start = MemoryContextAllocExtended(pg_sys::CurrentMemoryContext, len + HEADER, flags).cast::<u8>();
+            self.start = Some(std::ptr::NonNull::new(start).ok_or(Error::TooLarge)?);
+            self.length = len;
+            Ok(start.add(HEADER))
+        }
+    }
+
     /// What was written.
     pub fn content(&mut self) -> &mut [u8] {
         match self.start {

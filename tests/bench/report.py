@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import platform
 import re
 import subprocess
 from pathlib import Path
@@ -17,7 +18,17 @@ def machine() -> str:
     memory = int(re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text()).group(1)) / 1024 / 1024
     pg_config = os.environ.get("PG_CONFIG", "pg_config")
     postgresql = subprocess.check_output([pg_config, "--version"], text=True).strip()
-    return f"{os.cpu_count()} cores of {cpu.group(1) if cpu else 'an unnamed CPU'}, {memory:.0f} GB, {postgresql}"
+    rust = subprocess.check_output(["rustc", "--version"], text=True).split()[1]
+    return (f"{os.cpu_count()} cores of {cpu.group(1) if cpu else 'an unnamed CPU'}, {memory:.0f} GB, Linux {platform.release()}, "
+            f"{postgresql}, Rust {rust}, vod_tender_crypto {version()}")
+
+
+def version() -> str:
+    """The extension's version, and the commit where there is one."""
+    root = BENCHMARKS.parent.parent
+    number = re.search(r'^version = "(.*)"', (root / "Cargo.toml").read_text(), re.MULTILINE).group(1)
+    described = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, text=True, capture_output=True)
+    return f"{number} ({described.stdout.strip()})" if described.returncode == 0 else number
 
 
 def show(section: str, text: str, write: bool) -> None:

@@ -4,13 +4,15 @@ mod sealing;
 
 pub use sealing::{MadeFor, SealingCache, SealingKey};
 
+use std::borrow::Cow;
+use std::hash::{BuildHasher, Hasher};
 use std::rc::Rc;
 
 use lru::LruCache;
 
 use crate::access::Seen;
 use crate::context::Context;
-use crate::envelope::FLAGS_AT;
+use crate::envelope::{FLAG_AAD, FLAGS_AT, MAGIC, PAYLOAD_OVERHEAD};
 use crate::keyring::{Kek, Keyring};
 use crate::policy::Limits;
 use crate::seal::ExpandedKey;
@@ -61,43 +63,98 @@ impl OpenedKey {
     }
 }
 
+/// Hashes headers, and heads of armored envelopes, by their last bytes: they are of the commitment, so they differ where the
+/// DEKs do, and the rest is compared. Whoever stores many headers with one commitment slows down his own values only.
+#[derive(Default)]
+pub(crate) struct ByCommitment(lru::DefaultHasher);
+
+/// A hasher of the last bytes of what it is given.
+pub(crate) struct LastBytes<H>(H);
+
+impl BuildHasher for ByCommitment {
+    type Hasher = LastBytes<<lru::DefaultHasher as BuildHasher>::Hasher>;
+
+    fn build_hasher(&self) -> Self::Hasher {
+        LastBytes(self.0.build_hasher())
+    }
+}
+
+impl<H: Hasher> Hasher for LastBytes<H> {
+    #[inline]
+    fn write(&mut self, bytes: &[u8]) {
+        const MOST: usize = 16;
+        self.0.write(bytes.last_chunk::<MOST>().map_or(bytes, |last| last));
+    }
+
+    #[inline]
+    fn finish(&self) -> u64 {
+        self.0.finish()
+    }
+}
+
 /// Unwrapped DEKs by header; the one unused for longest goes first.
 pub struct OpenedCache {
-    entries: LruCache<Box<[u8]>, Rc<OpenedKey>>,
+    entries: LruCache<Box<[u8]>, Rc<OpenedKey>, ByCommitment>,
     /// Not later than the birth of the oldest entry.
     oldest_ms: u64,
-    name: Vec<u8>,
 }
 
 impl OpenedCache {
     /// An empty cache.
     pub fn new() -> Self {
-        OpenedCache { entries: LruCache::unbounded(), oldest_ms: u64::MAX, name: Vec::new() }
+        let entries = LruCache::unbounded_with_hasher(ByCommitment::default());
+        OpenedCache { entries, oldest_ms: u64::MAX }
     }
 
-    /// The entry for a header, or for a literal form's blob. Flags do not count: one DEK serves with and without aad.
-    pub fn get(
+    /// The entry for a header, or for a literal form's blob; it may be too old. Flags do not count: one DEK serves with and
+    /// without aad.
+    #[inline]
+    pub fn get(&mut self, header: &[u8]) -> Option<Rc<OpenedKey>> {
+        if let Some((name, entry)) = self.entries.peek_mru()
+            && is_named(header, name)
+        {
+            return Some(Rc::clone(entry));
+        }
+        self.entries.get(&*name_of(header)).map(Rc::clone)
+    }
+
+    /// The entry, if it is not too old.
+    pub fn get_young(
         &mut self,
         header: &[u8],
         now_ms: u64,
         limits: &Limits,
         stats: &mut SessionStats,
     ) -> Option<Rc<OpenedKey>> {
-        Self::write_name(&mut self.name, header);
-        let entry = self.entries.get(self.name.as_slice())?;
+        let entry = self.get(header)?;
         if is_young(entry.born_ms, now_ms, limits) {
-            return Some(Rc::clone(entry));
+            return Some(entry);
         }
-        self.entries.pop(self.name.as_slice());
-        stats.cache_expiries += 1;
+        self.remove(header, stats);
         None
+    }
+
+    /// The header of a binary envelope, and its entry, if it is the one that was asked for last: the next value is likely to
+    /// have the same, and then comparing finds where it ends.
+    #[inline]
+    pub fn latest<'a>(&self, envelope: &'a [u8]) -> Option<(&'a [u8], Rc<OpenedKey>)> {
+        let (name, entry) = self.entries.peek_mru()?;
+        let header = envelope.get(..name.len())?;
+        let has_payload = envelope.len() - header.len() >= PAYLOAD_OVERHEAD;
+        (has_payload && name.starts_with(&MAGIC) && is_named(header, name)).then(|| (header, Rc::clone(entry)))
+    }
+
+    /// Drops an entry that is too old.
+    pub fn remove(&mut self, header: &[u8], stats: &mut SessionStats) {
+        if self.entries.pop(&*name_of(header)).is_some() {
+            stats.cache_expiries += 1;
+        }
     }
 
     /// Keeps an entry, within the limits.
     pub fn put(&mut self, header: &[u8], opened: Rc<OpenedKey>, limits: &Limits, stats: &mut SessionStats) {
-        Self::write_name(&mut self.name, header);
         self.oldest_ms = self.oldest_ms.min(opened.born_ms);
-        self.entries.put(self.name.as_slice().into(), opened);
+        self.entries.put(name_of(header).into(), opened);
         self.evict(limits, stats);
     }
 
@@ -150,24 +207,34 @@ impl OpenedCache {
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
+}
 
-    /// What an entry is found by: two headers with one name share it.
-    pub fn name(header: &[u8]) -> Vec<u8> {
-        let mut name = Vec::new();
-        Self::write_name(&mut name, header);
-        name
-    }
-
-    fn write_name(name: &mut Vec<u8>, header: &[u8]) {
-        name.clear();
-        name.extend_from_slice(header);
-        // The literal form's blob has no flags; it never begins with the magic, so names cannot collide.
-        if header.starts_with(&crate::envelope::MAGIC)
-            && let Some(flags) = name.get_mut(FLAGS_AT)
-        {
-            *flags = 0;
+/// Under what [`OpenedCache`] has a header, or a literal form's blob: without the aad's flag. A blob has no flags; it never
+/// begins with the magic, so names cannot collide.
+#[inline]
+pub(crate) fn name_of(header: &[u8]) -> Cow<'_, [u8]> {
+    match header.get(FLAGS_AT) {
+        Some(flags) if flags & FLAG_AAD != 0 && header.starts_with(&MAGIC) => {
+            let mut name = header.to_vec();
+            name[FLAGS_AT] &= !FLAG_AAD;
+            Cow::Owned(name)
         }
+        _ => Cow::Borrowed(header),
     }
+}
+
+/// Whether [`OpenedCache`] has a header, or a literal form's blob, under this name.
+#[inline]
+fn is_named(header: &[u8], name: &[u8]) -> bool {
+    if header.len() != name.len() {
+        return false;
+    }
+    if !header.starts_with(&MAGIC) || header.len() <= FLAGS_AT {
+        return header == name;
+    }
+    header[FLAGS_AT] & !FLAG_AAD == name[FLAGS_AT]
+        && header[..FLAGS_AT] == name[..FLAGS_AT]
+        && header[FLAGS_AT + 1..] == name[FLAGS_AT + 1..]
 }
 
 impl Default for OpenedCache {

@@ -5,8 +5,7 @@ use std::fmt;
 use subtle::ConstantTimeEq;
 use vod_tender_secret_memory::Locked;
 
-/// Bytes in a key.
-pub const KEY_BYTES: usize = 32;
+pub use vod_tender_aead::KEY_BYTES;
 
 /// A data-encryption key. Filled in place in locked memory, overwritten on drop, never printed.
 pub struct Dek(Locked<[u8; KEY_BYTES]>);

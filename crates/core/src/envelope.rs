@@ -5,6 +5,8 @@ use std::fmt;
 use crate::context::Context;
 use crate::error::{Malformed, Result};
 
+pub use vod_tender_aead::{NONCE_BYTES, TAG_BYTES};
+
 /// First bytes of every binary envelope; never the start of UTF-8 text.
 pub const MAGIC: [u8; 4] = [0x8f, b'V', b'T', b'2'];
 /// HKDF-SHA-256 and AES-256-GCM, the only suite.
@@ -18,10 +20,6 @@ const CONTEXT_AT: usize = 6;
 
 /// Bytes of the commitment to the DEK.
 pub const COMMITMENT_BYTES: usize = 32;
-/// Bytes of the nonce.
-pub const NONCE_BYTES: usize = 12;
-/// Bytes of the tag.
-pub const TAG_BYTES: usize = 16;
 /// What a payload holds beside the ciphertext.
 pub const PAYLOAD_OVERHEAD: usize = NONCE_BYTES + TAG_BYTES;
 
@@ -106,6 +104,22 @@ impl<'a> Header<'a> {
     pub fn with_wraps(&self, wraps: &[Wrap<'_>]) -> Result<Vec<u8>> {
         write_header(self.has_aad, &self.context, wraps, self.commitment)
     }
+}
+
+/// Where the header of a binary envelope ends if it is well-formed: its lengths are followed and nothing is checked, so
+/// that it can be compared with headers that were. `None` where it or the payload behind it is cut off.
+#[inline]
+pub(crate) fn header_length(bytes: &[u8]) -> Option<usize> {
+    let long = |at: usize| Some(usize::from(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?)));
+    let wraps_at = CONTEXT_AT + 2 + long(CONTEXT_AT)?;
+    let mut at = wraps_at + 1;
+    for _ in 0..*bytes.get(wraps_at)? {
+        let kek_id_at = at + 1 + usize::from(*bytes.get(at)?);
+        let wrapped_at = kek_id_at + 2 + long(kek_id_at)?;
+        at = wrapped_at + 2 + long(wrapped_at)?;
+    }
+    let end = at + COMMITMENT_BYTES;
+    (end + PAYLOAD_OVERHEAD <= bytes.len()).then_some(end)
 }
 
 /// Magic to context of bytes that are known to be a header.
@@ -248,8 +262,37 @@ fn ascii(bytes: &[u8]) -> Parsed<&str> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn following_the_lengths_finds_the_end_that_parsing_finds(
+            keys in proptest::collection::vec("[a-z]{1,8}", 1..4),
+            kek_id in "[!-~]{1,40}",
+            wrapped in proptest::collection::vec(any::<u8>(), 1..300),
+            cut in 0usize..400,
+            change in any::<(proptest::sample::Index, u8)>(),
+        ) {
+            let keys: std::collections::BTreeSet<_> = keys.into_iter().collect();
+            let wrap = |key_name| Wrap { key_name, kek_id: &kek_id, wrapped_dek: &wrapped };
+            let wraps: Vec<_> = keys.iter().map(|key| wrap(key)).collect();
+            let mut bytes = write_header(false, &Context::empty(), &wraps, &[7; 32]).unwrap();
+            let end = bytes.len();
+            bytes.extend_from_slice(&[0; PAYLOAD_OVERHEAD + 3]);
+            prop_assert_eq!(header_length(&bytes), Some(end));
+            let (at, byte) = change;
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+            bytes.truncate(bytes.len() - cut.min(bytes.len()));
+            // What parses has the same end; what does not may have any within the bytes.
+            if let Ok(envelope) = Envelope::parse(&bytes) {
+                prop_assert_eq!(header_length(&bytes), Some(envelope.header.bytes.len()));
+            }
+            prop_assert!(header_length(&bytes).is_none_or(|end| end + PAYLOAD_OVERHEAD <= bytes.len()));
+        }
+    }
 
     fn header(has_aad: bool) -> Vec<u8> {
         let context = Context::from_json(r#"{"Application":"vod-tender"}"#).unwrap();

@@ -1,62 +1,20 @@
 //! The payload: key derivation, commitment and AES-256-GCM. `docs/FORMAT.md`, section 3.
 
-use aes_gcm::aead::{AeadInOut, KeyInit};
-use aes_gcm::{Aes256Gcm, Nonce, Tag};
 use hkdf::Hkdf;
 use sha2::Sha256;
 use subtle::ConstantTimeEq;
-use vod_tender_secret_memory::{Locked, burn_stack};
+use vod_tender_secret_memory::burn_stack;
 use zeroize::Zeroize;
 
 use crate::dek::{Dek, KEY_BYTES};
-use crate::envelope::{COMMITMENT_BYTES, NONCE_BYTES, PAYLOAD_OVERHEAD, SUITE, TAG_BYTES};
+use crate::envelope::{COMMITMENT_BYTES, NONCE_BYTES, PAYLOAD_OVERHEAD, SUITE};
 use crate::error::{Error, Mismatch, Result};
 use crate::random::SessionRandom;
 
+pub use vod_tender_aead::{ExpandedKey, TagMismatch};
+
 const PAYLOAD_KEY_INFO: &[u8] = b"vod_tender_crypto/v2/payload-key";
 const COMMITMENT_INFO: &[u8] = b"vod_tender_crypto/v2/commitment";
-
-/// An AES-256-GCM key, expanded once, in locked memory.
-pub struct ExpandedKey(Locked<Aes256Gcm>);
-
-impl ExpandedKey {
-    /// Expands 32 key bytes.
-    pub fn new(key: &[u8; KEY_BYTES]) -> Self {
-        let expanded = ExpandedKey(Locked::new(Aes256Gcm::new(key.into())));
-        burn_stack();
-        expanded
-    }
-
-    /// Bytes of locked memory that `count` keys take.
-    pub const fn locked_bytes(count: usize) -> usize {
-        vod_tender_secret_memory::locked_bytes::<Aes256Gcm>(count)
-    }
-
-    /// Encrypts `buffer` in place and gives the tag. Obligation: `nonce` was never used with this key before.
-    pub fn seal(&self, nonce: &[u8; NONCE_BYTES], associated: &[u8], buffer: &mut [u8]) -> Result<[u8; TAG_BYTES]> {
-        self.0
-            .encrypt_inout_detached(&Nonce::from(*nonce), associated, buffer.into())
-            .map(Into::into)
-            .map_err(|_| Error::TooLarge)
-    }
-
-    /// Decrypts `buffer` in place. When the tag does not fit, `buffer` keeps the ciphertext.
-    pub fn open(
-        &self,
-        nonce: &[u8; NONCE_BYTES],
-        associated: &[u8],
-        buffer: &mut [u8],
-        tag: &[u8; TAG_BYTES],
-    ) -> std::result::Result<(), TagMismatch> {
-        self.0
-            .decrypt_inout_detached(&Nonce::from(*nonce), associated, buffer.into(), &Tag::from(*tag))
-            .map_err(|_| TagMismatch)
-    }
-}
-
-/// The tag does not fit key, nonce, ciphertext and associated data.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TagMismatch;
 
 /// What a DEK derives to: the payload's key, and the public commitment to the DEK.
 pub struct Derived {
@@ -112,7 +70,10 @@ pub(crate) fn write_payload(
     nonce_out.copy_from_slice(&nonce);
     body.copy_from_slice(plaintext);
     // A failure must not leave the plaintext where ciphertext was to be.
-    let tag = key.seal(&nonce, associated, body).inspect_err(|_| body.zeroize())?;
+    let tag = key.seal(&nonce, associated, body).map_err(|_| {
+        body.zeroize();
+        Error::TooLarge
+    })?;
     tag_out.copy_from_slice(&tag);
     Ok(())
 }
@@ -120,18 +81,6 @@ pub(crate) fn write_payload(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sealed_bytes_open_and_changed_ones_do_not() {
-        let key = ExpandedKey::new(&[1; 32]);
-        let mut buffer = *b"some bytes";
-        let tag = key.seal(&[2; 12], b"bound", &mut buffer).unwrap();
-        let sealed = buffer;
-        assert_eq!(key.open(&[2; 12], b"other", &mut buffer, &tag), Err(TagMismatch));
-        assert_eq!(buffer, sealed, "a refused buffer keeps its ciphertext");
-        assert_eq!(key.open(&[2; 12], b"bound", &mut buffer, &tag), Ok(()));
-        assert_eq!(&buffer, b"some bytes");
-    }
 
     #[test]
     fn the_commitment_tells_deks_apart() {

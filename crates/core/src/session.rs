@@ -96,20 +96,12 @@ fn one_of(keys: &[String], granted: impl Fn(&str) -> Result<()>) -> Result<()> {
 }
 
 /// Sets the associated data of the value at hand, if there is memory.
-fn bind(associated: &mut Vec<u8>, prefix: &[u8], aad: &str) -> Result<()> {
+fn bind<'a>(associated: &'a mut Vec<u8>, prefix: &[u8], aad: &str) -> Result<&'a [u8]> {
     associated.clear();
     associated.try_reserve(prefix.len().saturating_add(aad.len())).map_err(|_| Error::TooLarge)?;
     associated.extend_from_slice(prefix);
     associated.extend_from_slice(aad.as_bytes());
-    Ok(())
-}
-
-/// Gives `buffer` that length, if there is memory.
-fn resize(buffer: &mut Vec<u8>, length: usize) -> Result<()> {
-    buffer.clear();
-    buffer.try_reserve(length).map_err(|_| Error::TooLarge)?;
-    buffer.resize(length, 0);
-    Ok(())
+    Ok(associated)
 }
 
 impl<'a, W> Run<'a, W> {

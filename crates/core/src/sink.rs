@@ -6,10 +6,16 @@ use crate::error::{Error, Result};
 
 /// Memory for one result.
 pub trait Sink {
-    /// Gives `len` bytes to write the result into; the last call counts, for a reader that guessed
-    /// wrong asks again. [`crate::Error::TooLarge`] when
-    /// the caller cannot hold so many.
+    /// Gives `len` bytes to write the result into; the last call counts, for a reader that guessed wrong asks again.
+    /// [`crate::Error::TooLarge`] when the caller cannot hold so many.
     fn buffer(&mut self, len: usize) -> Result<&mut [u8]>;
+
+    /// Gives memory that holds a copy of `bytes`, to work on in place.
+    fn copied(&mut self, bytes: &[u8]) -> Result<&mut [u8]> {
+        let buffer = self.buffer(bytes.len())?;
+        buffer.copy_from_slice(bytes);
+        Ok(buffer)
+    }
 }
 
 impl Sink for Vec<u8> {

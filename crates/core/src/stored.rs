@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use crate::armor::{self, Head, Parts};
-use crate::envelope::{Envelope, MAGIC, PAYLOAD_OVERHEAD};
+use crate::envelope::{Envelope, MAGIC, PAYLOAD_OVERHEAD, header_length};
 use crate::error::{Malformed, Result};
 
 /// A value as the column's type gives it.
@@ -95,13 +95,12 @@ impl<'a> Stored<'a> {
 }
 
 /// What comes before the payload of an envelope, as it is stored: the same for all values under one wrapped DEK and
-/// context. In text it is not decoded. `None` for what is no envelope, if that can be told without decoding.
+/// context. It is not decoded, nor checked: it is to be compared with what was. `None` for what is no envelope, if that
+/// can be told without decoding.
 pub fn head(value: Value<'_>) -> Option<&[u8]> {
     match value {
         Value::Text(text) => text.rfind(':').map(|end| &text.as_bytes()[..end]),
-        Value::Bytes(bytes) if bytes.starts_with(&MAGIC) => {
-            Envelope::parse(bytes).ok().map(|envelope| &bytes[..envelope.header.bytes.len()])
-        }
+        Value::Bytes(bytes) if bytes.starts_with(&MAGIC) => header_length(bytes).map(|end| &bytes[..end]),
         Value::Bytes(_) => None,
     }
 }

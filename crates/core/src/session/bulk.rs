@@ -218,7 +218,7 @@ impl Session {
             Ok(Form::Literal(blob)) => blob.into(),
             Ok(Form::Other) | Err(_) => return Ok(None),
         };
-        let opened = self.opened.get(&head, self.clock.now_ms(), limits, &mut self.stats);
+        let opened = self.opened.get_young(&head, self.clock.now_ms(), limits, &mut self.stats);
         Ok(opened.is_none().then(|| head.to_vec()))
     }
 

@@ -5,7 +5,8 @@ use std::rc::Rc;
 use zeroize::Zeroize;
 
 use crate::access::{Admitted, Seen};
-use crate::cache::{KekIdentity, OpenedKey};
+use crate::armor;
+use crate::cache::{KekIdentity, OpenedKey, is_young};
 use crate::context::Context;
 use crate::envelope::{FLAG_AAD, FLAGS_AT, Header, Payload, Wrap, bound_prefix};
 use crate::error::{Error, Malformed, Mismatch, Result};
@@ -15,7 +16,7 @@ use crate::provider::{Wait, WrappedRef};
 use crate::seal::{Derived, ExpandedKey};
 use crate::session::{Purpose, Run, Session, bind};
 use crate::sink::Sink;
-use crate::stored::{Kind, Stored, Value, direct_shape};
+use crate::stored::{Kind, Stored, Value, direct_shape, head};
 
 /// What the caller says about the value to read.
 #[derive(Debug, Clone, Copy, Default)]
@@ -51,12 +52,10 @@ impl Session {
         sink: &mut dyn Sink,
     ) -> Result<ReadAs> {
         check_version(reading.version)?;
-        if let (None | Some(2), Some((header, payload))) = (reading.version, self.heads.known(value)?) {
-            watch_envelope(run, &header, &payload)?;
-            let (opened, admitted) = self.opened_key(run, &header)?;
-            self.open_envelope(&opened, &header, &payload, reading, value.kind(), sink)?;
-            run.gate.done(admitted);
-            return Ok(ReadAs::Envelope);
+        if let None | Some(2) = reading.version
+            && let Some(read_as) = self.decrypt_unparsed(run, value, reading, sink)?
+        {
+            return Ok(read_as);
         }
         match Stored::parse(value)? {
             Stored::Other(value) => self.read_other(run, value, reading.version, Plain::ByPolicy, sink),
@@ -64,12 +63,9 @@ impl Session {
                 Err(Error::VersionMismatch(reading.version.unwrap_or_default()))
             }
             Stored::Envelope { header, payload } => {
-                watch_envelope(run, &header, &payload)?;
-                let (opened, admitted) = self.opened_key(run, &header)?;
+                let read_as = self.decrypt_parts(run, &header, &payload, None, reading, value.kind(), sink)?;
                 self.heads.remember(value, &header, &run.policy.limits)?;
-                self.open_envelope(&opened, &header, &payload, reading, value.kind(), sink)?;
-                run.gate.done(admitted);
-                Ok(ReadAs::Envelope)
+                Ok(read_as)
             }
             Stored::Literal { blob, payload } => {
                 watch(run, &payload, &run.keyring.default_key, &Context::empty());
@@ -79,6 +75,63 @@ impl Session {
                 Ok(ReadAs::Envelope)
             }
         }
+    }
+
+    /// Decrypts an envelope whose parts are found without parsing: a binary one by its lengths, an armored one when its
+    /// header was seen before. `None` for all other values.
+    #[inline]
+    fn decrypt_unparsed<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        value: Value<'_>,
+        reading: Reading<'_>,
+        sink: &mut dyn Sink,
+    ) -> Result<Option<ReadAs>> {
+        let read_as = match value {
+            Value::Bytes(bytes) => {
+                let (header, cached) = match self.opened.latest(bytes) {
+                    Some((header, opened)) => (header, Some(opened)),
+                    None => match head(value) {
+                        Some(header) => (header, None),
+                        None => return Ok(None),
+                    },
+                };
+                self.decrypt_parts(run, header, &bytes[header.len()..], cached, reading, Kind::Bytes, sink)?
+            }
+            Value::Text(text) => {
+                let Some((header, payload)) = self.heads.armored(text) else { return Ok(None) };
+                let mut decoded = std::mem::take(&mut self.sealed);
+                armor::decode_payload_into(payload, &mut decoded)?;
+                let read_as = self.decrypt_parts(run, &header, &decoded, None, reading, Kind::Text, sink)?;
+                self.sealed = decoded;
+                self.trim();
+                read_as
+            }
+        };
+        Ok(Some(read_as))
+    }
+
+    /// Opens a payload under the DEK that the header holds, which may be at hand.
+    #[expect(clippy::too_many_arguments, reason = "an envelope's parts and what is said about them")]
+    #[inline]
+    fn decrypt_parts<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        header: &[u8],
+        payload: &[u8],
+        cached: Option<Rc<OpenedKey>>,
+        reading: Reading<'_>,
+        kind: Kind,
+        sink: &mut dyn Sink,
+    ) -> Result<ReadAs> {
+        watch_envelope(run, header, payload)?;
+        let (opened, admitted) = match cached {
+            Some(opened) => self.cached_key(run, header, opened)?,
+            None => self.opened_key(run, header)?,
+        };
+        self.open_envelope(&opened, header, payload, reading, kind, sink)?;
+        run.gate.done(admitted);
+        Ok(ReadAs::Envelope)
     }
 
     /// The version of a value, found without a key service: 0, 1 or 2.
@@ -164,8 +217,13 @@ impl Session {
             (_, aad) => aad.unwrap_or(""),
         };
         check_expected(&opened.context, reading.context)?;
-        bind(&mut self.associated, bound_prefix(header), aad)?;
-        self.open_payload(&opened.key, payload, kind, sink)
+        let prefix = bound_prefix(header);
+        let associated = match aad {
+            "" => prefix,
+            _ => bind(&mut self.associated, prefix, aad)?,
+        };
+        self.stats.values_decrypted += open_payload(&opened.key, associated, payload, kind, sink)?;
+        Ok(())
     }
 
     fn open_literal(
@@ -177,18 +235,7 @@ impl Session {
         sink: &mut dyn Sink,
     ) -> Result<()> {
         check_expected(&opened.context, reading.context)?;
-        self.associated.clear();
-        self.open_payload(&opened.key, payload, kind, sink)
-    }
-
-    fn open_payload(&mut self, key: &ExpandedKey, payload: &[u8], kind: Kind, sink: &mut dyn Sink) -> Result<()> {
-        let payload = Payload::parse(payload)?;
-        let out = sink.buffer(payload.ciphertext.len())?;
-        out.copy_from_slice(payload.ciphertext);
-        key.open(payload.nonce, &self.associated, out, payload.tag)
-            .map_err(|_| Error::Unverified(Mismatch::Payload))?;
-        check_text(kind, out)?;
-        self.stats.values_decrypted += 1;
+        self.stats.values_decrypted += open_payload(&opened.key, &[], payload, kind, sink)?;
         Ok(())
     }
 
@@ -198,20 +245,40 @@ impl Session {
         run: &mut Run<'_, W>,
         header: &[u8],
     ) -> Result<(Rc<OpenedKey>, Admitted)> {
+        match self.opened.get(header) {
+            Some(opened) => self.cached_key(run, header, opened),
+            None => self.unwrapped_key(run, header),
+        }
+    }
+
+    /// A DEK of the cache, if it is young enough and the caller may use it; or through another wrap.
+    #[inline]
+    fn cached_key<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        header: &[u8],
+        opened: Rc<OpenedKey>,
+    ) -> Result<(Rc<OpenedKey>, Admitted)> {
+        if !is_young(opened.born_ms, self.clock.now_ms(), &run.policy.limits) {
+            self.opened.remove(header, &mut self.stats);
+            return self.unwrapped_key(run, header);
+        }
+        match run.admit_opening(&opened.seen, &opened.kek.name, &opened.owners, &opened.context) {
+            Ok(admitted) => {
+                self.stats.cache_hits += 1;
+                Ok((opened, admitted))
+            }
+            // Somebody else opened it through a wrap that is not for this caller. Another wrap may be: it must
+            // open the DEK itself, because a header may name wraps that hold nothing.
+            Err(Error::NotGranted { .. }) => self.unwrapped_key(run, header),
+            Err(other) => Err(other),
+        }
+    }
+
+    /// The DEK of a header through the first wrap that opens.
+    fn unwrapped_key<W: Wait>(&mut self, run: &mut Run<'_, W>, header: &[u8]) -> Result<(Rc<OpenedKey>, Admitted)> {
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
-        if let Some(opened) = self.opened.get(header, now, &limits, &mut self.stats) {
-            match run.admit_opening(&opened.seen, &opened.kek.name, &opened.owners, &opened.context) {
-                Ok(admitted) => {
-                    self.stats.cache_hits += 1;
-                    return Ok((opened, admitted));
-                }
-                // Somebody else opened it through a wrap that is not for this caller. Another wrap may be: it must
-                // open the DEK itself, because a header may name wraps that hold nothing.
-                Err(Error::NotGranted { .. }) => {}
-                Err(other) => return Err(other),
-            }
-        }
         self.stats.cache_misses += 1;
         let parsed = Header::parse(header)?;
         let mut failure = None;
@@ -254,7 +321,7 @@ impl Session {
     ) -> Result<(Rc<OpenedKey>, Admitted)> {
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
-        if let Some(opened) = self.opened.get(blob, now, &limits, &mut self.stats) {
+        if let Some(opened) = self.opened.get_young(blob, now, &limits, &mut self.stats) {
             let admitted = run.admit_opening(&opened.seen, &opened.kek.name, &[], &opened.context)?;
             self.stats.cache_hits += 1;
             return Ok((opened, admitted));
@@ -273,7 +340,18 @@ impl Session {
     }
 }
 
+/// Opens a payload in the sink's memory; gives how many values that were: one.
+#[inline]
+fn open_payload(key: &ExpandedKey, associated: &[u8], payload: &[u8], kind: Kind, sink: &mut dyn Sink) -> Result<u64> {
+    let payload = Payload::parse(payload)?;
+    let out = sink.copied(payload.ciphertext)?;
+    key.open(payload.nonce, associated, out, payload.tag).map_err(|_| Error::Unverified(Mismatch::Payload))?;
+    check_text(kind, out)?;
+    Ok(1)
+}
+
 /// Raises the alarm when an envelope is watched.
+#[inline]
 fn watch_envelope<W>(run: &mut Run<'_, W>, header: &[u8], payload: &[u8]) -> Result<()> {
     if run.keyring.honey.has(payload) {
         let header = Header::parse(header)?;
@@ -348,7 +426,8 @@ fn check_expected(own: &Context, expected: Option<&Context>) -> Result<()> {
 
 /// A `text` result must be text: what is not is overwritten and refused.
 fn check_text(kind: Kind, out: &mut [u8]) -> Result<()> {
-    if kind == Kind::Text && (std::str::from_utf8(out).is_err() || out.contains(&0)) {
+    // Most text is ASCII, and for that alone the check is the faster one.
+    if kind == Kind::Text && (!out.is_ascii() && std::str::from_utf8(out).is_err() || out.contains(&0)) {
         out.zeroize();
         return Err(Error::NotText);
     }
@@ -367,6 +446,6 @@ fn read_plaintext<W>(run: &Run<'_, W>, value: Value<'_>, plain: Plain, sink: &mu
 }
 
 pub(super) fn copy(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
-    sink.buffer(bytes.len())?.copy_from_slice(bytes);
+    sink.copied(bytes)?;
     Ok(())
 }

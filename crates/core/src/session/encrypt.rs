@@ -13,7 +13,7 @@ use crate::keyring::{Kek, LEGACY_KEY};
 use crate::policy::WriteFormat;
 use crate::provider::{Wait, WrappedDek};
 use crate::seal::{Derived, write_payload};
-use crate::session::{Run, Session, bind, resize};
+use crate::session::{Run, Session, bind};
 use crate::sink::Sink;
 use crate::stored::{Kind, Value, is_envelope};
 
@@ -60,7 +60,7 @@ impl Session {
         match kind {
             Kind::Bytes => keys.seal(&mut self.random, plaintext, sink.buffer(length)?)?,
             Kind::Text => {
-                resize(&mut self.sealed, length)?;
+                armor::resize(&mut self.sealed, length).ok_or(Error::TooLarge)?;
                 keys.seal(&mut self.random, plaintext, &mut self.sealed)?;
                 let out = sink.buffer(armor::armored_length("", length)?)?;
                 armor::write_armored("", &self.sealed, out);
@@ -105,7 +105,7 @@ impl Session {
             Kind::Text => {
                 let head = &key.armored[bound];
                 let out = sink.buffer(armor::armored_length(head, length)?)?;
-                resize(&mut self.sealed, length)?;
+                armor::resize(&mut self.sealed, length).ok_or(Error::TooLarge)?;
                 write_payload(&key.key, &mut self.random, &self.associated, plaintext, &mut self.sealed)?;
                 armor::write_armored(head, &self.sealed, out);
             }

@@ -1,11 +1,11 @@
 //! What the headers of stored envelopes say, remembered: a table has many values for each header.
 
-use std::borrow::Cow;
 use std::rc::Rc;
 
 use lru::LruCache;
 
 use crate::armor;
+use crate::cache::ByCommitment;
 use crate::envelope::{Header, Payload, Wrap};
 use crate::error::Result;
 use crate::policy::Limits;
@@ -13,9 +13,6 @@ use crate::stored::{Stored, Value, head};
 
 /// A wrap's key name and KEK id.
 pub(super) type Under = (String, String);
-
-/// Header and payload of a value.
-type KnownParts<'a> = (Rc<[u8]>, Cow<'a, [u8]>);
 
 /// What a value is, without a key.
 pub(super) enum Form {
@@ -37,11 +34,11 @@ pub(super) struct Known {
 }
 
 /// Headers by their stored form. Holds no secret.
-pub(super) struct Heads(LruCache<Box<[u8]>, Known>);
+pub(super) struct Heads(LruCache<Box<[u8]>, Known, ByCommitment>);
 
 impl Default for Heads {
     fn default() -> Self {
-        Heads(LruCache::unbounded())
+        Heads(LruCache::unbounded_with_hasher(ByCommitment::default()))
     }
 }
 
@@ -63,16 +60,19 @@ impl Heads {
 }
 
 impl Heads {
-    /// Header and payload of an envelope whose header was seen before, without decoding it again. `None` for all other
-    /// values.
-    pub(super) fn known<'a>(&mut self, value: Value<'a>) -> Result<Option<KnownParts<'a>>> {
-        let Some(head) = head(value) else { return Ok(None) };
-        let Some(known) = self.0.get(head) else { return Ok(None) };
-        let payload = match value {
-            Value::Text(text) => Cow::Owned(armor::decode_payload(&text[head.len() + 1..])?),
-            Value::Bytes(bytes) => Cow::Borrowed(&bytes[head.len()..]),
-        };
-        Ok(Some((Rc::clone(&known.header), payload)))
+    /// The header, decoded, and the armored payload of an armored envelope whose header was seen before.
+    #[inline]
+    pub(super) fn armored<'a>(&mut self, text: &'a str) -> Option<(Rc<[u8]>, &'a str)> {
+        // The next value is likely to have the same as the last one.
+        if let Some((head, known)) = self.0.peek_mru()
+            && text.as_bytes().starts_with(head)
+            && text.as_bytes().get(head.len()) == Some(&b':')
+        {
+            return Some((Rc::clone(&known.header), &text[head.len() + 1..]));
+        }
+        let head = head(Value::Text(text))?;
+        let known = self.0.get(head)?;
+        Some((Rc::clone(&known.header), &text[head.len() + 1..]))
     }
 
     /// Wraps of an envelope whose header was seen before; its payload is not looked at.

@@ -1,11 +1,12 @@
 //! Unwrapping many DEKs together, before the values that need them are read.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::rc::Rc;
 
 use crate::access::{Admitted, Seen};
-use crate::cache::{KekIdentity, OpenedCache, OpenedKey};
+use crate::cache::{KekIdentity, OpenedKey, name_of};
 use crate::context::Context;
 use crate::dek::Dek;
 use crate::envelope::{Header, MAGIC, Wrap};
@@ -96,16 +97,16 @@ impl Session {
         outcome: &mut Outcome,
     ) -> Result<Vec<Wanted<'h, 'k>>> {
         let (now, limits) = (self.clock.now_ms(), run.policy.limits);
-        let mut seen: HashMap<Vec<u8>, Option<usize>> = HashMap::new();
+        let mut seen: HashMap<Cow<'h, [u8]>, Option<usize>> = HashMap::new();
         let mut wanted: Vec<Wanted<'_, '_>> = Vec::new();
         let mut at_hand = 0;
         for (place, &head) in heads.iter().enumerate() {
-            let name = OpenedCache::name(head);
+            let name = name_of(head);
             if let Some(known) = seen.get(&name) {
                 known.iter().for_each(|&at| wanted[at].places.push(place));
                 continue;
             }
-            if let Some(opened) = self.opened.get(head, now, &limits, &mut self.stats) {
+            if let Some(opened) = self.opened.get_young(head, now, &limits, &mut self.stats) {
                 match run.require_opening(&opened.kek.name, &opened.owners) {
                     Ok(()) => {
                         at_hand += 1;

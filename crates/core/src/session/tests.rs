@@ -123,6 +123,36 @@ fn aad_binds_a_value_to_its_row() {
 }
 
 #[test]
+fn a_session_that_knows_the_header_judges_as_one_that_does_not() {
+    let mut world = World::new();
+    let value = world.encrypt_bytes(b"token", Sealing::default()).unwrap();
+    let text = world.encrypt("token", Sealing::default()).unwrap();
+    let verdict = |result: Result<()>| result.err().map(|error| format!("{error:?}"));
+    for at in 0..value.len() {
+        let mut changed = value.clone();
+        changed[at] ^= 0x82;
+        let cut = &value[..at];
+        world.decrypt_bytes(&value, none()).unwrap();
+        let known = [&changed[..], cut].map(|bytes| verdict(world.decrypt_bytes(bytes, none()).map(drop)));
+        world.fresh_session();
+        let unknown = [&changed[..], cut].map(|bytes| verdict(world.decrypt_bytes(bytes, none()).map(drop)));
+        assert_eq!(known, unknown, "{at}");
+        assert!(known[0].is_some());
+    }
+    for at in 0..text.len() {
+        let mut changed = text.clone().into_bytes();
+        changed[at] = if changed[at] == b'A' { b':' } else { b'A' };
+        let changed = String::from_utf8(changed).unwrap();
+        let cut = &text[..at];
+        world.decrypt(&text, none()).unwrap();
+        let known = [&changed[..], cut].map(|text| verdict(world.decrypt(text, none()).map(drop)));
+        world.fresh_session();
+        let unknown = [&changed[..], cut].map(|text| verdict(world.decrypt(text, none()).map(drop)));
+        assert_eq!(known, unknown, "{at}");
+    }
+}
+
+#[test]
 fn contexts_are_bound_and_kept_apart() {
     let mut world = World::new();
     let a = Context::from_json(r#"{"tenant":"a"}"#).unwrap();

@@ -14,7 +14,8 @@ BEGIN
         'envelope_decrypt(text, text, jsonb, integer)', 'envelope_decrypt(bytea, text, jsonb, integer)',
         'rewrap(text, text)', 'rewrap(bytea, text)',
         'envelope_upgrade(text, text, jsonb, text, integer)', 'envelope_upgrade(bytea, text, jsonb, text, integer)',
-        'envelope_downgrade(text, text, integer)', 'envelope_downgrade(bytea, text, integer)'
+        'envelope_downgrade(text, text, integer)', 'envelope_downgrade(bytea, text, integer)',
+        'envelope_prefetch(text[], text, text)', 'envelope_prefetch(bytea[], text, text)'
     ] LOOP
         EXECUTE pg_catalog.format('REVOKE ALL ON FUNCTION %I.%s FROM PUBLIC', extension_schema, signature);
     END LOOP;

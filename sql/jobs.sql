@@ -306,7 +306,7 @@ BEGIN ATOMIC
         'job_key', 'job_lock_class', 'job_holder', 'job_lock', 'job_unlock', 'job_goes_on', 'job_take', 'job_note', 'job_fail',
         'job_note_key', 'job_count_due', 'job_begin_run', 'job_look', 'job_prepare', 'prepare_batch', 'concerns_one_row',
         'job_count_failed', 'job_note_error', 'lock_relation', 'has_before_trigger', 'job_update', 'job_write', 'block_of', 'job_end_pass', 'job_state', 'is_due',
-        'needed_head', 'convert_value', 'conversion_error', 'kek_id', 'census_column', 'count_stored', 'count_bound', 'count_column', 'extension_schema',
+        'needed_head', 'unfetched_head', 'convert_value', 'conversion_error', 'kek_id', 'census_column', 'count_stored', 'count_bound', 'count_column', 'extension_schema',
         'is_view_function', 'view_function', 'view_function_name', 'check_view_name', 'aad_uses', 'check_view_set_columns',
         'plan_view', 'create_decrypting_view', 'drop_decrypting_view', 'view_key', 'view_column', 'open_expression',
         'seal_expression', 'view_query', 'view_note', 'view_column_code', 'view_find_code', 'view_insert_code',

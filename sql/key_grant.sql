@@ -42,15 +42,19 @@ BEGIN ATOMIC
     WHERE e.extname = 'vod_tender_crypto' AND p.pronamespace <> 'vod_tender_crypto'::regnamespace;
 END;
 
--- The data-path functions that a privilege is for.
+-- The data-path functions that a privilege is for, and those that fetch data keys for them.
 CREATE FUNCTION vod_tender_crypto.privilege_routine(privilege text) RETURNS SETOF regprocedure
     LANGUAGE sql STABLE
 BEGIN ATOMIC
     SELECT f.function::regprocedure FROM vod_tender_crypto.data_path() f
     WHERE f.name = ANY (CASE privilege_routine.privilege
         WHEN 'encrypt' THEN ARRAY['envelope_encrypt', 'envelope_upgrade', 'envelope_downgrade']
-        WHEN 'decrypt' THEN ARRAY['envelope_decrypt', 'envelope_upgrade', 'envelope_downgrade']
-        WHEN 'rewrap' THEN ARRAY['rewrap', 'envelope_upgrade', 'envelope_downgrade'] END::name[]);
+        WHEN 'decrypt' THEN ARRAY['envelope_decrypt', 'envelope_prefetch', 'envelope_upgrade', 'envelope_downgrade']
+        WHEN 'rewrap' THEN ARRAY['rewrap', 'envelope_prefetch', 'envelope_upgrade', 'envelope_downgrade'] END::name[])
+    UNION ALL
+    SELECT p.oid::regprocedure FROM pg_proc p
+    WHERE p.pronamespace = 'vod_tender_crypto'::regnamespace AND privilege_routine.privilege IN ('decrypt', 'rewrap')
+      AND p.proname IN ('prefetch', 'prefetch_stored', 'heads_query', 'lock_readable', 'stored_head', 'prefetch_heads');
 END;
 
 CREATE FUNCTION vod_tender_crypto.check_grant(key text, role regrole, privileges text[]) RETURNS void

@@ -12,7 +12,12 @@ DECLARE
     plan vod_tender_crypto.job_plan;
     failure record;
     block bigint;
-    blocks CONSTANT bigint := 256;
+    most_blocks CONSTANT bigint := 256;
+    blocks bigint;
+    heads_sql text;
+    heads bytea[];
+    -- Half of what the session keeps, so that nothing goes before it is used.
+    most_heads integer;
     unopened bigint := 0;
 BEGIN
     j.operation := 'verify';
@@ -27,10 +32,23 @@ BEGIN
     PERFORM vod_tender_crypto.check_target(j.target, j.columns, false);
     FOR relation IN SELECT vod_tender_crypto.storing_relations(j.target) LOOP
         plan := vod_tender_crypto.plan_job(j, relation);
+        SELECT format('SELECT array_agg(DISTINCT h.head) FROM ONLY %s t CROSS JOIN LATERAL (VALUES %s) h(head)
+                       WHERE t.ctid >= $1 AND t.ctid < $2 AND h.head IS NOT NULL', plan.table_name,
+            string_agg(format('(vod_tender_crypto.unfetched_head(%s))', vod_tender_crypto.stored_expression(a.attname, a.atttypid)), ', '))
+        INTO heads_sql
+        FROM pg_attribute a WHERE a.attrelid = verify.relation AND a.attname = ANY (j.columns);
+        -- Known by now: the library is loaded.
+        most_heads := greatest(current_setting('vod_tender_crypto.dek_cache_entries')::integer / 2, 1);
         block := 0;
+        blocks := most_blocks;
         WHILE block * current_setting('block_size')::bigint < pg_relation_size(relation) LOOP
-            -- Forgets what key services refused before.
-            PERFORM vod_tender_crypto.prepare_batch(vod_tender_crypto.job_task(j, false), NULL, 0, 0);
+            -- What these blocks need from key services, all together.
+            EXECUTE heads_sql INTO heads USING format('(%s,0)', block)::tid, format('(%s,0)', block + blocks)::tid;
+            IF cardinality(heads) > most_heads AND blocks > 1 THEN
+                blocks := blocks / 2;
+                CONTINUE;
+            END IF;
+            PERFORM vod_tender_crypto.prepare_batch(vod_tender_crypto.job_task(j, false), heads, 0, 0);
             FOR failure IN EXECUTE plan.fail_sql
                 USING format('(%s,0)', block)::tid, format('(%s,65535)', block + blocks - 1)::tid
             LOOP
@@ -41,6 +59,7 @@ BEGIN
                 RETURN NEXT;
             END LOOP;
             block := block + blocks;
+            blocks := least(blocks * 2, most_blocks);
         END LOOP;
     END LOOP;
     RAISE NOTICE '%: % values do not open', j.target, unopened;

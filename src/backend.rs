@@ -88,6 +88,7 @@ pub fn end_transaction(committed: Option<bool>) {
             );
         };
         if let Some(backend) = Backend::existing(&mut slot) {
+            backend.session.begin_statement();
             let audit = Rc::clone(&backend.audit);
             audit.borrow_mut().end_transaction(&mut backend.gate, committed);
         }
@@ -208,6 +209,9 @@ impl Backend {
             self.rights_changed();
         }
         self.session.expire(&self.policy);
+        if statement != self.statement {
+            self.session.begin_statement();
+        }
         self.statement = statement;
     }
 

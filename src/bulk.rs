@@ -94,6 +94,23 @@ mod vod_tender_crypto {
             .unwrap_or_else(|error| raise(&error, value.kind()))
     }
 
+    /// The same, but NULL also for what the session has fetched.
+    #[pg_extern(name = "unfetched_head", stable, parallel_restricted)]
+    fn unfetched_head_text(stored: Option<TextIn<'_>>) -> Option<Vec<u8>> {
+        unfetched_head(Value::Text(stored?.get()?))
+    }
+
+    /// The same for `bytea`.
+    #[pg_extern(name = "unfetched_head", stable, parallel_restricted)]
+    fn unfetched_head_bytea(stored: Option<&[u8]>) -> Option<Vec<u8>> {
+        unfetched_head(Value::Bytes(stored?))
+    }
+
+    fn unfetched_head(value: Value<'_>) -> Option<Vec<u8>> {
+        backend::with(Function::Other, value.kind(), |session, run| session.unfetched_head(run, value))
+            .unwrap_or_else(|error| raise(&error, value.kind()))
+    }
+
     /// Fetches from the key service what the next batch of a job needs: DEKs for `needed` values (and when it has to be
     /// asked at all, for `wanted`), and what `heads` stand for. What the service refuses about a head is kept for
     /// `conversion_error`; raises for everything else.
@@ -109,16 +126,12 @@ mod vod_tender_crypto {
             });
             made.unwrap_or_else(|error| raise(&error, Kind::Text));
         }
-        for head in heads.iter().flat_map(Array::iter).flatten() {
-            let prepared = backend::with(function(task.operation), Kind::Text, |session, run| {
-                let prepared = session.prepare_head(run, task, head);
-                Ok(prepared.map_err(|error| (is_values_fault(task, run, &error), error)))
-            });
-            match prepared.unwrap_or_else(|error| raise(&error, Kind::Text)) {
-                Ok(()) => {}
-                Err((true, error)) => refuse(head, &error),
-                Err((false, error)) => raise(&error, Kind::Text),
-            }
+        let heads: Vec<_> = heads.iter().flat_map(Array::iter).flatten().collect();
+        let refused = backend::with(function(task.operation), Kind::Text, |session, run| {
+            session.prepare_heads(run, task, &heads)
+        });
+        for (place, error) in refused.unwrap_or_else(|error| raise(&error, Kind::Text)) {
+            refuse(heads[place], &error);
         }
     }
 
@@ -160,11 +173,7 @@ mod vod_tender_crypto {
 
     /// Whether another value may fare better. What is wrong with the KEK that new values are made under is wrong for all.
     fn is_values_fault<W>(task: BulkTask<'_>, run: &Run<'_, W>, error: &Error) -> bool {
-        let target = match task.operation {
-            BulkOperation::Migrate | BulkOperation::Rewrap => run.keyring.for_encrypting(task.key).ok(),
-            BulkOperation::Downgrade | BulkOperation::Verify => None,
-        };
-        error.concerns_one_value(target.map(|kek| kek.name.as_str()))
+        error.concerns_one_value(task.target(run.keyring))
     }
 
     /// What the audit calls a job.

@@ -17,6 +17,7 @@ mod data_path;
 mod doctor;
 mod errors;
 mod fetch;
+mod prefetch;
 mod process;
 mod results;
 mod row_expression;
@@ -61,6 +62,8 @@ pgrx::extension_sql_file!(
         bulk::vod_tender_crypto::conversion_error_bytea,
         bulk::vod_tender_crypto::needed_head_text,
         bulk::vod_tender_crypto::needed_head_bytea,
+        bulk::vod_tender_crypto::unfetched_head_text,
+        bulk::vod_tender_crypto::unfetched_head_bytea,
         bulk::vod_tender_crypto::kek_id_text,
         bulk::vod_tender_crypto::kek_id_bytea,
         bulk::vod_tender_crypto::prepare_batch,
@@ -87,6 +90,17 @@ pgrx::extension_sql_file!(
     "../sql/decrypting_view.sql",
     name = "decrypting_view",
     requires = ["decrypting_view_triggers"]
+);
+pgrx::extension_sql_file!(
+    "../sql/prefetch.sql",
+    name = "prefetch",
+    requires = [
+        "catalog",
+        prefetch::vod_tender_crypto::prefetch_heads,
+        prefetch::vod_tender_crypto::stored_head_text,
+        prefetch::vod_tender_crypto::stored_head_bytea,
+        transactions::vod_tender_crypto::lock_readable
+    ]
 );
 pgrx::extension_sql_file!("../sql/verify.sql", name = "verify", requires = ["jobs"]);
 pgrx::extension_sql_file!(
@@ -133,6 +147,6 @@ pgrx::extension_sql_file!("../sql/doctor.sql", name = "doctor", requires = ["doc
 pgrx::extension_sql_file!(
     "../sql/grants.sql",
     name = "grants",
-    requires = ["verify", "census", "key_grant", "audit", "honey", "doctor", "decrypting_view"],
+    requires = ["verify", "census", "key_grant", "audit", "honey", "doctor", "decrypting_view", "prefetch"],
     finalize
 );

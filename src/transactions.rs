@@ -15,12 +15,24 @@ mod vod_tender_crypto {
     /// right on it gets no lock either, as with LOCK TABLE.
     #[pg_extern(volatile, parallel_restricted)]
     fn lock_relation(relation: pg_sys::Oid, for_writing: bool) -> TextOut {
+        lock(relation, for_writing, &WITH_ROWS)
+    }
+
+    /// The same for reading whatever can be selected from.
+    #[pg_extern(volatile, parallel_restricted)]
+    fn lock_readable(relation: pg_sys::Oid) -> TextOut {
+        lock(relation, false, &[&WITH_ROWS[..], &[pg_sys::RELKIND_VIEW, pg_sys::RELKIND_FOREIGN_TABLE]].concat())
+    }
+
+    const WITH_ROWS: [u8; 3] = [pg_sys::RELKIND_RELATION, pg_sys::RELKIND_MATVIEW, pg_sys::RELKIND_PARTITIONED_TABLE];
+
+    fn lock(relation: pg_sys::Oid, for_writing: bool, kinds: &[u8]) -> TextOut {
         let mode = if for_writing { pg_sys::RowExclusiveLock } else { pg_sys::AccessShareLock };
         // SAFETY: takes the lock and looks the relation up in the catalog caches, which are up to date once it is held.
         let name = unsafe {
             pg_sys::LockRelationOid(relation, mode as pg_sys::LOCKMODE);
             let kind = pg_sys::get_rel_relkind(relation) as u8;
-            if ![pg_sys::RELKIND_RELATION, pg_sys::RELKIND_MATVIEW, pg_sys::RELKIND_PARTITIONED_TABLE].contains(&kind) {
+            if !kinds.contains(&kind) {
                 let code = PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE;
                 throw(ErrorReport::new(code, "the table is gone".to_owned(), "vod_tender_crypto"))
             }

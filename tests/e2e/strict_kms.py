@@ -69,7 +69,10 @@ class StrictKms:
         self.requests: "list[Request]" = []
         self.internal_errors: "list[str]" = []
         self.peak_in_flight = 0
+        # Operations on wrapped data keys that were asked about twice at a time.
+        self.doubled: "list[str]" = []
         self._in_flight = 0
+        self._blobs: "collections.Counter[str]" = collections.Counter()
         self._plan = FaultPlan()
         self._operations = Operations(self.keyring, self.deks.append)
         self._changed = threading.Condition()
@@ -200,6 +203,7 @@ class StrictKms:
         finally:
             with self._changed:
                 self._in_flight -= 1
+                self._blobs[_blob_of(request)] -= 1
 
     def _record(self, headers: "dict[str, str]", raw: bytes) -> Request:
         kept = {**headers, "authorization": without_signature(headers.get("authorization", ""))}
@@ -209,6 +213,10 @@ class StrictKms:
             self.requests.append(request)
             self._in_flight += 1
             self.peak_in_flight = max(self.peak_in_flight, self._in_flight)
+            blob = _blob_of(request)
+            self._blobs[blob] += 1
+            if blob and self._blobs[blob] > 1:
+                self.doubled.append(request.operation)
             self._changed.notify_all()
         return request
 
@@ -233,6 +241,10 @@ class StrictKms:
         with contextlib.suppress(KmsError):
             return self.keyring.resolve(reference).arn
         return reference
+
+
+def _blob_of(request: Request) -> str:
+    return str(request.body.get("CiphertextBlob", "")) if isinstance(request.body, dict) else ""
 
 
 def _check_protocol(headers: "dict[str, str]", body: object) -> None:

@@ -1,9 +1,11 @@
 //! The session's DEKs: bounded in number, age, uses and bytes; overwritten when they go.
 
+mod sealing;
+
+pub use sealing::{MadeFor, SealingCache, SealingKey};
+
 use std::borrow::Cow;
-use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hasher};
-use std::num::NonZeroUsize;
 use std::rc::Rc;
 
 use lru::LruCache;
@@ -12,11 +14,12 @@ use crate::access::Seen;
 use crate::context::Context;
 use crate::envelope::{FLAG_AAD, FLAGS_AT, MAGIC, PAYLOAD_OVERHEAD};
 use crate::keyring::{Kek, Keyring};
-use crate::policy::{DEK_USES_CAP, Limits};
+use crate::policy::Limits;
 use crate::seal::ExpandedKey;
 use crate::stats::SessionStats;
 
 /// Which KEK a cached DEK came through, as it was configured then.
+#[derive(Clone)]
 pub struct KekIdentity {
     /// Its name.
     pub name: String,
@@ -209,7 +212,7 @@ impl OpenedCache {
 /// Under what [`OpenedCache`] has a header, or a literal form's blob: without the aad's flag. A blob has no flags; it never
 /// begins with the magic, so names cannot collide.
 #[inline]
-fn name_of(header: &[u8]) -> Cow<'_, [u8]> {
+pub(crate) fn name_of(header: &[u8]) -> Cow<'_, [u8]> {
     match header.get(FLAGS_AT) {
         Some(flags) if flags & FLAG_AAD != 0 && header.starts_with(&MAGIC) => {
             let mut name = header.to_vec();
@@ -235,148 +238,6 @@ fn is_named(header: &[u8], name: &[u8]) -> bool {
 }
 
 impl Default for OpenedCache {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-/// A DEK that this session made and encrypts with.
-pub struct SealingKey {
-    /// The payload's key.
-    pub key: Rc<ExpandedKey>,
-    /// Header without and with the aad flag, in binary.
-    pub headers: [Vec<u8>; 2],
-    /// The same, armored, up to the second colon.
-    pub armored: [String; 2],
-    /// The KEK that wrapped it.
-    pub kek: KekIdentity,
-    /// The envelope's context.
-    pub context: Context,
-    /// Who encrypted something with it last.
-    pub seen: Seen,
-    born_ms: u64,
-    uses: u64,
-    bytes: u64,
-}
-
-impl SealingKey {
-    /// A key that was not used yet.
-    pub fn new(key: Rc<ExpandedKey>, headers: [Vec<u8>; 2], kek: KekIdentity, context: Context, born_ms: u64) -> Self {
-        let armored = [crate::armor::armored_head(&headers[0]), crate::armor::armored_head(&headers[1])];
-        SealingKey { key, headers, armored, kek, context, seen: Seen::default(), born_ms, uses: 0, bytes: 0 }
-    }
-
-    /// Counts a value of so many bytes before it is sealed, so that a failure between cannot exceed the limits.
-    pub fn count(&mut self, bytes: usize) {
-        self.uses += 1;
-        self.bytes = self.bytes.saturating_add(bytes as u64);
-    }
-
-    fn can_take(&self, bytes: usize, now_ms: u64, limits: &Limits) -> bool {
-        // An unused key takes one value of any size: a value above the limit gets a DEK of its own.
-        if self.uses == 0 {
-            return is_young(self.born_ms, now_ms, limits);
-        }
-        self.uses < limits.max_uses.min(DEK_USES_CAP)
-            && self.bytes.saturating_add(bytes as u64) <= limits.max_bytes
-            && is_young(self.born_ms, now_ms, limits)
-    }
-}
-
-/// DEKs for encrypting, by KEK and the caller's context. Of each several may be ready; they are used one after the other.
-pub struct SealingCache {
-    entries: LruCache<Box<[u8]>, VecDeque<SealingKey>>,
-    name: Vec<u8>,
-}
-
-impl SealingCache {
-    /// An empty cache.
-    pub fn new() -> Self {
-        SealingCache { entries: LruCache::unbounded(), name: Vec::new() }
-    }
-
-    /// The key for a value of so many bytes, if there is one that its limits still allow.
-    pub fn get(
-        &mut self,
-        kek: &str,
-        context: &Context,
-        bytes: usize,
-        now_ms: u64,
-        limits: &Limits,
-    ) -> Option<&mut SealingKey> {
-        Self::write_name(&mut self.name, kek, context);
-        let keys = self.entries.get_mut(self.name.as_slice())?;
-        while keys.front().is_some_and(|key| !key.can_take(bytes, now_ms, limits)) {
-            keys.pop_front();
-        }
-        keys.front_mut()
-    }
-
-    /// How many small values the keys at hand can take.
-    pub fn ready_for(&mut self, kek: &str, context: &Context, now_ms: u64, limits: &Limits) -> u64 {
-        Self::write_name(&mut self.name, kek, context);
-        let keys = self.entries.peek(self.name.as_slice()).into_iter().flatten();
-        let usable = keys.filter(|key| key.can_take(0, now_ms, limits));
-        usable.map(|key| limits.max_uses.min(DEK_USES_CAP) - key.uses).sum()
-    }
-
-    /// The headers of the keys at hand.
-    pub fn headers(&mut self, kek: &str, context: &Context) -> Vec<Vec<u8>> {
-        Self::write_name(&mut self.name, kek, context);
-        let keys = self.entries.peek(self.name.as_slice()).into_iter().flatten();
-        keys.flat_map(|key| key.headers.clone()).collect()
-    }
-
-    /// Keeps a fresh key.
-    pub fn put(&mut self, kek: &str, context: &Context, key: SealingKey, limits: &Limits) {
-        Self::write_name(&mut self.name, kek, context);
-        if let Some(keys) = self.entries.get_mut(self.name.as_slice()) {
-            keys.push_back(key);
-            return;
-        }
-        let capacity = NonZeroUsize::new(limits.cache_entries).unwrap_or(NonZeroUsize::MIN);
-        while self.entries.len() >= capacity.get() {
-            self.entries.pop_lru();
-        }
-        self.entries.put(self.name.as_slice().into(), VecDeque::from([key]));
-    }
-
-    /// Drops what is too old; gives whether anything was.
-    pub fn expire(&mut self, now_ms: u64, limits: &Limits) -> bool {
-        self.keep(|key| is_young(key.born_ms, now_ms, limits))
-    }
-
-    /// Drops what `keyring` no longer allows to encrypt with.
-    pub fn retain(&mut self, keyring: &Keyring) {
-        self.keep(|key| key.kek.still_opens(keyring) && keyring.for_encrypting(Some(&key.kek.name)).is_ok());
-    }
-
-    /// Drops all other keys; gives whether anything was dropped.
-    fn keep(&mut self, wanted: impl Fn(&SealingKey) -> bool) -> bool {
-        let mut dropped = false;
-        self.entries.retain(|_, keys| {
-            let before = keys.len();
-            keys.retain(&wanted);
-            dropped |= keys.len() < before;
-            !keys.is_empty()
-        });
-        dropped
-    }
-
-    /// Drops everything.
-    pub fn clear(&mut self) {
-        *self = Self::new();
-    }
-
-    fn write_name(name: &mut Vec<u8>, kek: &str, context: &Context) {
-        name.clear();
-        name.push(kek.len() as u8);
-        name.extend_from_slice(kek.as_bytes());
-        name.extend_from_slice(context.encoded());
-    }
-}
-
-impl Default for SealingCache {
     fn default() -> Self {
         Self::new()
     }

@@ -9,7 +9,7 @@ use crate::provider::{Fault, ProviderError};
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// Why an operation on a stored value failed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     /// The value is not an encoding that this version reads.
     #[error("malformed envelope")]

@@ -39,13 +39,15 @@ impl Derived {
         derived
     }
 
+    /// Whether the DEK is the one a header commits to. Obligation: ask it, or call [`Derived::committed`], before opening
+    /// anything.
+    pub fn is_committed(&self, commitment: &[u8; COMMITMENT_BYTES]) -> bool {
+        self.commitment.ct_eq(commitment).into()
+    }
+
     /// The payload key, when the DEK is the one a header commits to. Obligation: call it before opening anything.
     pub fn committed(self, commitment: &[u8; COMMITMENT_BYTES]) -> Result<ExpandedKey> {
-        if bool::from(self.commitment.ct_eq(commitment)) {
-            Ok(self.payload_key)
-        } else {
-            Err(Error::Unverified(Mismatch::Commitment))
-        }
+        if self.is_committed(commitment) { Ok(self.payload_key) } else { Err(Error::Unverified(Mismatch::Commitment)) }
     }
 }
 

@@ -6,13 +6,17 @@ mod convert;
 mod decrypt;
 mod encrypt;
 mod heads;
+mod prefetch;
 mod rewrap;
+mod rewrap_ahead;
 #[cfg(test)]
 mod tests;
+mod together;
 
 pub use bulk::{BulkOperation, BulkTask};
 pub use decrypt::{ReadAs, Reading};
 pub use encrypt::Sealing;
+pub use prefetch::Prefetched;
 
 use crate::access::{Admitted, Gate, Privilege, Seen};
 use crate::cache::{OpenedCache, SealingCache};
@@ -129,6 +133,16 @@ impl<'a, W> Run<'a, W> {
         })
     }
 
+    /// Refuses what [`Run::admit_opening`] would refuse, and announces nothing: no key is used.
+    fn require_opening(&self, key: &str, owners: &[String]) -> Result<()> {
+        self.require_of_an_owner(owners)?;
+        match self.purpose {
+            Purpose::Read => self.gate.require(Privilege::Decrypt, key),
+            Purpose::Move(to) => self.gate.require_move(key, to),
+            Purpose::Check => Ok(()),
+        }
+    }
+
     /// Lets something be opened with a key. Obligation: before anything of it is handed out, with a cached key too.
     #[inline]
     fn admit_opening(&mut self, seen: &Seen, key: &str, owners: &[String], context: &Context) -> Result<Admitted> {
@@ -183,6 +197,7 @@ impl Session {
     pub fn clear(&mut self) {
         self.opened.clear();
         self.sealing.clear();
+        self.count_unused();
         self.rewraps.clear();
         self.assured = Assured::default();
         self.heads = Heads::default();
@@ -204,15 +219,30 @@ impl Session {
         let now = self.clock.now_ms();
         let opened = self.opened.expire(now, &policy.limits, &mut self.stats);
         let sealing = self.sealing.expire(now, &policy.limits);
+        self.count_unused();
         if opened || sealing {
             burn_stack();
         }
+    }
+
+    /// Wipes the DEKs that were made ahead for a statement and that it did not use. Call it when a statement begins, and
+    /// when a transaction ends.
+    pub fn begin_statement(&mut self) {
+        if self.sealing.begin_statement() {
+            burn_stack();
+        }
+        self.count_unused();
+    }
+
+    fn count_unused(&mut self) {
+        self.stats.deks_unused += self.sealing.take_unused();
     }
 
     /// Drops what the new keys no longer allow. Call it when the keys have changed.
     pub fn keys_changed(&mut self, keyring: &Keyring) {
         self.opened.retain(keyring);
         self.sealing.retain(keyring);
+        self.count_unused();
         self.rewraps.clear();
         self.assured = Assured::default();
         burn_stack();

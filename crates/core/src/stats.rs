@@ -22,6 +22,8 @@ pub struct SessionStats {
     pub cache_expiries: u64,
     /// DEKs made for encrypting.
     pub deks_made: u64,
+    /// Of them, those that were made ahead and went without having been used.
+    pub deks_unused: u64,
     /// Values encrypted, as envelope or directly.
     pub values_encrypted: u64,
     /// Values decrypted, from envelope or directly.

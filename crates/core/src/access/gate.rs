@@ -29,6 +29,8 @@ pub enum Function {
     DowngradeJob,
     /// `verify()`, which shows no plaintext.
     Verify,
+    /// `envelope_prefetch()`, which shows none either: it fetches DEKs for those who may use them.
+    Prefetch,
     /// What uses no key.
     Other,
 }
@@ -46,6 +48,7 @@ impl Function {
             Function::RewrapJob => "rewrap_table",
             Function::DowngradeJob => "downgrade",
             Function::Verify => "verify",
+            Function::Prefetch => "envelope_prefetch",
             Function::Other => "other",
         }
     }
@@ -338,6 +341,11 @@ impl Gate {
             self.attempt = None;
             self.last = Some(slot);
         }
+    }
+
+    /// Goes back to a use that was admitted before others were: what comes next is about that one.
+    pub(crate) fn attempt(&mut self, admitted: Admitted) {
+        self.attempt = admitted.0.or(self.attempt);
     }
 
     /// Notes that what was called failed, under the key that was admitted last or else under `key`.

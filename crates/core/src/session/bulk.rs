@@ -1,5 +1,7 @@
 //! What the bulk jobs do with each stored value, and what may be said of it without a key service.
 
+use std::rc::Rc;
+
 use lru::LruCache;
 use zeroize::Zeroizing;
 
@@ -9,11 +11,13 @@ use crate::context::Context;
 use crate::envelope::{Header, MAGIC};
 use crate::error::{Error, Mismatch, Result};
 use crate::info::StoredUnder;
-use crate::keyring::LEGACY_KEY;
+use crate::keyring::{Keyring, LEGACY_KEY};
 use crate::policy::{Limits, PlaintextReads};
 use crate::provider::{Wait, WrappedRef};
 use crate::session::decrypt::unwrap_one;
 use crate::session::heads::Form;
+use crate::session::prefetch::{Asked, Outcome};
+use crate::session::rewrap_ahead::Destination;
 use crate::session::{Reading, Run, Sealing, Session};
 use crate::sink::Sink;
 use crate::stored::{Stored, Value, direct_shape, head};
@@ -70,8 +74,9 @@ impl Default for Assured {
 }
 
 impl Assured {
-    fn knows(&mut self, name: &[u8], task: BulkTask<'_>) -> bool {
-        self.0.get(name).is_some_and(|checked| *checked || !task.check_wraps)
+    /// Whether a header was looked at, and with `checked` also opened by its key service.
+    pub(super) fn knows(&mut self, name: &[u8], checked: bool) -> bool {
+        self.0.get(name).is_some_and(|was_checked| *was_checked || !checked)
     }
 
     /// Notes a header, in its binary form and in the one that text has.
@@ -84,6 +89,17 @@ impl Assured {
             }
             self.0.put(name.into(), checked);
         }
+    }
+}
+
+impl BulkTask<'_> {
+    /// The KEK that new values are made under: what is wrong with that one is wrong for all values.
+    pub fn target(self, keyring: &Keyring) -> Option<&str> {
+        match self.operation {
+            BulkOperation::Migrate | BulkOperation::Rewrap => keyring.for_encrypting(self.key).ok(),
+            BulkOperation::Downgrade | BulkOperation::Verify => None,
+        }
+        .map(|kek| kek.name.as_str())
     }
 }
 
@@ -184,7 +200,7 @@ impl Session {
         Ok(own.map(|(_, kek_id)| kek_id.clone()))
     }
 
-    /// What of a value a key service must see before it can be opened or rewrapped: what [`Session::prepare_head`]
+    /// What of a value a key service must see before it can be opened or rewrapped: what [`Session::prepare_heads`]
     /// takes. `None` for what is not version 2, or malformed.
     pub fn needed_head<W>(&mut self, run: &Run<'_, W>, value: Value<'_>) -> Result<Option<Vec<u8>>> {
         Ok(match self.heads.form(value, &run.policy.limits) {
@@ -194,9 +210,48 @@ impl Session {
         })
     }
 
-    /// Has the key service do what the operation needs for all values with this header (or this literal form's blob),
-    /// so that [`Session::convert`] and [`Session::assure`] call nothing.
-    pub fn prepare_head<W: Wait>(&mut self, run: &mut Run<'_, W>, task: BulkTask<'_>, head: &[u8]) -> Result<()> {
+    /// The same, but `None` also for what was fetched: for those who go over many values under few DEKs.
+    pub fn unfetched_head<W>(&mut self, run: &Run<'_, W>, value: Value<'_>) -> Result<Option<Vec<u8>>> {
+        let limits = &run.policy.limits;
+        let head: Rc<[u8]> = match self.heads.form(value, limits) {
+            Ok(Form::Envelope(known)) => known.header,
+            Ok(Form::Literal(blob)) => blob.into(),
+            Ok(Form::Other) | Err(_) => return Ok(None),
+        };
+        let opened = self.opened.get_young(&head, self.clock.now_ms(), limits, &mut self.stats);
+        Ok(opened.is_none().then(|| head.to_vec()))
+    }
+
+    /// Has the key services do what the operation needs for all values with these headers (or these literal forms' blobs),
+    /// many at a time, so that [`Session::convert`] and [`Session::assure`] call nothing. Gives by place what is wrong with
+    /// single ones; an error is about more than that.
+    pub fn prepare_heads<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        task: BulkTask<'_>,
+        heads: &[&[u8]],
+    ) -> Result<Vec<(usize, Error)>> {
+        let asked = Asked::ByJob;
+        let Outcome { left_out, mut failures, .. } = match task.operation {
+            BulkOperation::Migrate => return Ok(Vec::new()),
+            BulkOperation::Downgrade => self.fetch(&mut run.moving(LEGACY_KEY), asked, heads)?,
+            BulkOperation::Verify => self.fetch(&mut run.moving(NOWHERE), asked, heads)?,
+            BulkOperation::Rewrap => {
+                let to = Destination { key: task.key, asked, check_wraps: task.check_wraps };
+                self.move_ahead(run, to, heads)?
+            }
+        };
+        for place in left_out {
+            match self.prepare_head(run, task, heads[place]) {
+                Err(error) if error.concerns_one_value(task.target(run.keyring)) => failures.push((place, error)),
+                other => other?,
+            }
+        }
+        Ok(failures)
+    }
+
+    /// The same for one head.
+    fn prepare_head<W: Wait>(&mut self, run: &mut Run<'_, W>, task: BulkTask<'_>, head: &[u8]) -> Result<()> {
         let is_header = head.starts_with(&MAGIC);
         if is_header {
             Header::parse(head)?;
@@ -243,6 +298,7 @@ impl Session {
             return Ok((kek.name.clone(), None));
         }
         let (_, wrapped) = run.call(kek, kek.provider.generate(&kek.context))?;
+        self.rewraps.note_newest(&kek.name, &wrapped.kek_id, self.clock.now_ms());
         Ok((kek.name.clone(), Some(wrapped.kek_id)))
     }
 
@@ -250,7 +306,7 @@ impl Session {
     /// commits to: a value that only this session's memory could open must not be stored. Once for each header.
     pub fn assure<W: Wait>(&mut self, run: &mut Run<'_, W>, task: BulkTask<'_>, value: Value<'_>) -> Result<()> {
         let Some(name) = head(value) else { return Ok(()) };
-        if self.assured.knows(name, task) {
+        if self.assured.knows(name, task.check_wraps) {
             return Ok(());
         }
         let Stored::Envelope { header, .. } = Stored::parse(value)? else { return Ok(()) };
@@ -263,7 +319,7 @@ impl Session {
         task: BulkTask<'_>,
         header: &[u8],
     ) -> Result<()> {
-        if self.assured.knows(header, task) {
+        if self.assured.knows(header, task.check_wraps) {
             return Ok(());
         }
         let target = run.keyring.for_encrypting(task.key)?;

@@ -2,9 +2,9 @@
 
 use std::rc::Rc;
 
-use crate::access::{Privilege, Seen};
+use crate::access::Privilege;
 use crate::armor;
-use crate::cache::{KekIdentity, OpenedKey, SealingKey};
+use crate::cache::{KekIdentity, MadeFor, SealingKey};
 use crate::context::Context;
 use crate::dek::Dek;
 use crate::envelope::{PAYLOAD_OVERHEAD, Wrap, bound_prefix, write_header};
@@ -87,11 +87,7 @@ impl Session {
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
         // Looked up twice because a borrow that is returned cannot be given up again.
-        if self.sealing.get(&kek.name, own_context, plaintext.len(), now, &limits).is_none() {
-            run.gate.require(Privilege::Encrypt, &kek.name)?;
-            let fresh = self.make_dek(run, kek, own_context, now)?;
-            self.sealing.put(&kek.name, own_context, fresh, &limits);
-        }
+        self.make_ready(run, kek, own_context, plaintext.len(), now)?;
         let key = self.sealing.get(&kek.name, own_context, 0, now, &limits).ok_or(Error::TooLarge)?;
         let admitted = run.gate.admit(&key.seen, Privilege::Encrypt, &key.kek.name, &key.context)?;
         key.count(plaintext.len());
@@ -119,48 +115,24 @@ impl Session {
         self.stats.values_encrypted += 1;
         Ok(())
     }
+}
 
-    fn make_dek<W: Wait>(
-        &mut self,
-        run: &mut Run<'_, W>,
-        kek: &Kek,
-        own_context: &Context,
-        now_ms: u64,
-    ) -> Result<SealingKey> {
-        let context = kek.context.with(own_context)?;
-        let (dek, wrapped) = run.call(kek, kek.provider.generate(&context))?;
-        self.sealing_key(run, kek, context, dek, &wrapped, now_ms)
-    }
-
-    /// What encrypts with a fresh DEK; the session can open what it seals.
-    pub(super) fn sealing_key<W>(
-        &mut self,
-        run: &Run<'_, W>,
-        kek: &Kek,
-        context: Context,
-        dek: Dek,
-        wrapped: &WrappedDek,
-        now_ms: u64,
-    ) -> Result<SealingKey> {
-        let derived = Derived::from_dek(&dek);
-        drop(dek);
-        let wraps = [Wrap { key_name: &kek.name, kek_id: &wrapped.kek_id, wrapped_dek: &wrapped.bytes }];
-        let header = |has_aad| write_header(has_aad, &context, &wraps, &derived.commitment);
-        let headers = [header(false)?, header(true)?];
-        let key = Rc::new(derived.payload_key);
-        let opened = OpenedKey {
-            key: Rc::clone(&key),
-            context: context.clone(),
-            kek: KekIdentity::of(kek),
-            kek_id: Some(wrapped.kek_id.as_str().into()),
-            owners: run.keyring.owners(kek, &wrapped.kek_id, &context),
-            born_ms: now_ms,
-            seen: Seen::default(),
-        };
-        self.opened.put(&headers[0], Rc::new(opened), &run.policy.limits, &mut self.stats);
-        self.stats.deks_made += 1;
-        Ok(SealingKey::new(key, headers, KekIdentity::of(kek), context, now_ms))
-    }
+/// What encrypts with a fresh DEK.
+pub(super) fn sealing_key(
+    kek: &Kek,
+    context: Context,
+    dek: Dek,
+    wrapped: &WrappedDek,
+    now_ms: u64,
+    made_for: MadeFor,
+) -> Result<SealingKey> {
+    let derived = Derived::from_dek(&dek);
+    drop(dek);
+    let wraps = [Wrap { key_name: &kek.name, kek_id: &wrapped.kek_id, wrapped_dek: &wrapped.bytes }];
+    let header = |has_aad| write_header(has_aad, &context, &wraps, &derived.commitment);
+    let headers = [header(false)?, header(true)?];
+    let (key, kek) = (Rc::new(derived.payload_key), KekIdentity::of(kek));
+    Ok(SealingKey::new(key, headers, (kek, &wrapped.kek_id), context, now_ms, made_for))
 }
 
 enum Format {

@@ -8,6 +8,7 @@ use lru::LruCache;
 use crate::access::{Admitted, Privilege};
 use crate::armor;
 use crate::cache::is_young;
+use crate::context::Context;
 use crate::envelope::{COMMITMENT_BYTES, Header, Wrap};
 use crate::error::{Error, Result};
 use crate::keyring::Kek;
@@ -51,15 +52,10 @@ impl Session {
         header: &[u8],
     ) -> Result<Option<(Vec<u8>, Vec<Admitted>)>> {
         let header = Header::parse(header)?;
-        let target = run.keyring.for_encrypting(key)?;
-        run.gate.require(Privilege::Rewrap, &target.name)?;
-        if target.requires_context && !header.context.includes(&target.context) {
-            return Err(Error::KeyContext(target.name.clone()));
-        }
-        let own = header.wraps.iter().position(|wrap| wrap.key_name == target.name);
-        if own.is_some_and(|own| self.is_current(run, target, header.wraps[own].kek_id)) {
-            return Ok(None);
-        }
+        let (target, own) = match self.wrap_to_renew(run, key, &header)? {
+            Some(to_renew) => to_renew,
+            None => return Ok(None),
+        };
         let to = run.gate.admit_anew(Privilege::Rewrap, &target.name, &header.context)?;
         let (source, from, fresh) = self.rewrapped(run, target, &header, own)?;
         let mut moved = vec![to];
@@ -69,13 +65,27 @@ impl Session {
         if own == Some(source) && header.wraps[source].kek_id == fresh.kek_id {
             return Ok(None);
         }
-        let mut wraps = header.wraps.clone();
-        wraps[own.unwrap_or(source)] =
-            Wrap { key_name: &target.name, kek_id: &fresh.kek_id, wrapped_dek: &fresh.bytes };
-        header.with_wraps(&wraps).map(|header| Some((header, moved)))
+        renewed(&header, own.unwrap_or(source), target, &fresh).map(|header| Some((header, moved)))
     }
 
-    fn is_current<W>(&mut self, run: &Run<'_, W>, target: &Kek, kek_id: &str) -> bool {
+    /// The KEK `key`, and which wrap of a header is under it, if one is; `None` when that is up to date.
+    pub(super) fn wrap_to_renew<'a, W>(
+        &self,
+        run: &Run<'a, W>,
+        key: Option<&str>,
+        header: &Header<'_>,
+    ) -> Result<Option<(&'a Kek, Option<usize>)>> {
+        let target = run.keyring.for_encrypting(key)?;
+        run.gate.require(Privilege::Rewrap, &target.name)?;
+        if target.requires_context && !header.context.includes(&target.context) {
+            return Err(Error::KeyContext(target.name.clone()));
+        }
+        let own = header.wraps.iter().position(|wrap| wrap.key_name == target.name);
+        let is_current = own.is_some_and(|own| self.is_current(run, target, header.wraps[own].kek_id));
+        Ok((!is_current).then_some((target, own)))
+    }
+
+    pub(super) fn is_current<W>(&self, run: &Run<'_, W>, target: &Kek, kek_id: &str) -> bool {
         let now = self.clock.now_ms();
         target.provider.is_current(kek_id).unwrap_or_else(|| {
             self.rewraps.newest(&target.name, now, &run.policy.limits).is_some_and(|newest| newest == kek_id)
@@ -90,9 +100,8 @@ impl Session {
         header: &Header<'_>,
         own: Option<usize>,
     ) -> Result<(usize, Admitted, WrappedDek)> {
-        let order = own.into_iter().chain((0..header.wraps.len()).filter(|&at| Some(at) != own));
         let mut failure = None;
-        for at in order {
+        for at in order(header, own) {
             // A wrap that replaces another one must be seen to hold the payload's DEK.
             let replaces_own = own.is_some_and(|own| own != at);
             match self.rewrap_one(run, target, header, &header.wraps[at], replaces_own) {
@@ -113,43 +122,78 @@ impl Session {
         wrap: &Wrap<'_>,
         must_check: bool,
     ) -> Result<(Admitted, WrappedDek)> {
-        let source = usable_kek(run, wrap.key_name, &header.context)?;
-        // By the right to rewrap alone: what moves inside a key service is not opened here.
-        run.gate.require(Privilege::Rewrap, &source.name)?;
-        run.gate.require_move(&source.name, &target.name)?;
-        one_of(&run.keyring.owners(source, wrap.kek_id, &header.context), |owner| {
-            run.gate.require(Privilege::Rewrap, owner)?;
-            run.gate.require_move(owner, &target.name)
-        })?;
+        let source = source(run, target, header, wrap)?;
         let from = run.gate.admit_anew(Privilege::Rewrap, &source.name, &header.context)?;
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
         let commitment = must_check.then_some(header.commitment);
-        let known = self.rewraps.get(&target.name, wrap, commitment, now, &limits);
-        // What was learned before the target's key was replaced is of no use.
-        if let Some(known) = known.filter(|known| target.provider.is_current(&known.kek_id) != Some(false)) {
+        if let Some(known) = self.rewraps.known(target, wrap, commitment, now, &limits) {
             return Ok((from, known.clone()));
         }
-        let wrapped = WrappedRef { kek_id: Some(wrap.kek_id), bytes: wrap.wrapped_dek };
-        let inside = match must_check {
-            true => None,
-            false => run.call(target, target.provider.rewrap_from(&*source.provider, wrapped, &header.context))?,
-        };
-        let fresh = match inside {
-            Some(fresh) => fresh,
-            None => {
-                let dek = run.call(source, source.provider.unwrap(wrapped, &header.context))?;
-                // A DEK that is not the payload's must not replace the one that is.
-                Derived::from_dek(&dek).committed(header.commitment)?;
-                run.call(target, target.provider.wrap(&dek, &header.context))?
-            }
-        };
+        let moving =
+            Moving { target, source, wrap, context: &header.context, commitment: header.commitment, must_check };
+        let moved = run.call(source, Box::pin(async { Ok(moving.moved().await) }))?;
+        let fresh = moved?;
         self.rewraps.put(&target.name, wrap, commitment, &fresh, now, &limits);
         Ok((from, fresh))
     }
 }
 
-fn is_passing(error: &Error) -> bool {
+/// In which order a header's wraps are tried: its own first.
+pub(super) fn order(header: &Header<'_>, own: Option<usize>) -> impl Iterator<Item = usize> + use<> {
+    own.into_iter().chain((0..header.wraps.len()).filter(move |&at| Some(at) != own))
+}
+
+/// The KEK of a wrap, if the caller may move from it to `target`. By the right to rewrap alone: what moves inside a key
+/// service is not opened here.
+pub(super) fn source<'a, W>(run: &Run<'a, W>, target: &Kek, header: &Header<'_>, wrap: &Wrap<'_>) -> Result<&'a Kek> {
+    let source = usable_kek(run, wrap.key_name, &header.context)?;
+    run.gate.require(Privilege::Rewrap, &source.name)?;
+    run.gate.require_move(&source.name, &target.name)?;
+    one_of(&run.keyring.owners(source, wrap.kek_id, &header.context), |owner| {
+        run.gate.require(Privilege::Rewrap, owner)?;
+        run.gate.require_move(owner, &target.name)
+    })?;
+    Ok(source)
+}
+
+/// The header with a fresh wrap in the place of an old one.
+pub(super) fn renewed(header: &Header<'_>, at: usize, target: &Kek, fresh: &WrappedDek) -> Result<Vec<u8>> {
+    let mut wraps = header.wraps.clone();
+    wraps[at] = Wrap { key_name: &target.name, kek_id: &fresh.kek_id, wrapped_dek: &fresh.bytes };
+    header.with_wraps(&wraps)
+}
+
+/// A DEK's way from one KEK to another.
+pub(super) struct Moving<'a> {
+    pub target: &'a Kek,
+    pub source: &'a Kek,
+    pub wrap: &'a Wrap<'a>,
+    pub context: &'a Context,
+    pub commitment: &'a [u8; COMMITMENT_BYTES],
+    /// Whether the DEK must be seen to be the payload's.
+    pub must_check: bool,
+}
+
+impl Moving<'_> {
+    pub(super) async fn moved(&self) -> Result<WrappedDek> {
+        let Moving { target, source, wrap, context, .. } = *self;
+        let failed = |kek: &Kek, source| Error::Service { key: kek.name.clone(), source };
+        let wrapped = WrappedRef { kek_id: Some(wrap.kek_id), bytes: wrap.wrapped_dek };
+        if !self.must_check {
+            let inside = target.provider.rewrap_from(&*source.provider, wrapped, context).await;
+            if let Some(fresh) = inside.map_err(|failure| failed(target, failure))? {
+                return Ok(fresh);
+            }
+        }
+        let dek = source.provider.unwrap(wrapped, context).await.map_err(|failure| failed(source, failure))?;
+        // A DEK that is not the payload's must not replace the one that is.
+        Derived::from_dek(&dek).committed(self.commitment)?;
+        target.provider.wrap(&dek, context).await.map_err(|failure| failed(target, failure))
+    }
+}
+
+pub(super) fn is_passing(error: &Error) -> bool {
     let Error::Service { source, .. } = error else { return false };
     matches!(source.fault, Fault::Throttled | Fault::Unreachable | Fault::Denied)
 }
@@ -190,24 +234,32 @@ impl RewrapMemo {
 
     /// The KEK id that the service used when it last wrapped for `target` in a rewrap of this session. Only rewraps
     /// count, not encryptions: after an alias was pointed elsewhere, the first rewrap must ask.
-    fn newest(&self, target: &str, now_ms: u64, limits: &Limits) -> Option<&str> {
+    pub(super) fn newest(&self, target: &str, now_ms: u64, limits: &Limits) -> Option<&str> {
         let (kek_id, born_ms) = self.newest.get(target)?;
         is_young(*born_ms, now_ms, limits).then_some(kek_id)
     }
 
-    fn get(
+    /// Notes what the service said when it was asked for nothing but that.
+    pub(super) fn note_newest(&mut self, target: &str, kek_id: &str, now_ms: u64) {
+        self.newest.insert(target.to_owned(), (kek_id.to_owned(), now_ms));
+    }
+
+    /// What a wrap was moved to, if that was seen.
+    pub(super) fn known(
         &mut self,
-        target: &str,
+        target: &Kek,
         wrap: &Wrap<'_>,
         commitment: Option<&[u8; COMMITMENT_BYTES]>,
         now_ms: u64,
         limits: &Limits,
     ) -> Option<&WrappedDek> {
-        let (fresh, born_ms) = self.moved.get(&name(target, wrap, commitment))?;
-        is_young(*born_ms, now_ms, limits).then_some(fresh)
+        let (fresh, born_ms) = self.moved.get(&name(&target.name, wrap, commitment))?;
+        // What was learned before the target's key was replaced is of no use.
+        let is_of_use = is_young(*born_ms, now_ms, limits) && target.provider.is_current(&fresh.kek_id) != Some(false);
+        is_of_use.then_some(fresh)
     }
 
-    fn put(
+    pub(super) fn put(
         &mut self,
         target: &str,
         wrap: &Wrap<'_>,
@@ -221,7 +273,7 @@ impl RewrapMemo {
             self.moved.pop_lru();
         }
         self.moved.put(name(target, wrap, commitment), (fresh.clone(), now_ms));
-        self.newest.insert(target.to_owned(), (fresh.kek_id.clone(), now_ms));
+        self.note_newest(target, &fresh.kek_id, now_ms);
     }
 }
 

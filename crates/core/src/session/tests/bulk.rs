@@ -34,7 +34,10 @@ impl World {
     fn prepare(&mut self, operation: BulkOperation, value: &str) -> Result<()> {
         let (session, mut run) = self.split();
         let head = session.needed_head(&run, Value::Text(value))?.unwrap();
-        session.prepare_head(&mut run, task(operation), &head)
+        match session.prepare_heads(&mut run, task(operation), &[&head])?.pop() {
+            Some((_, failure)) => Err(failure),
+            None => Ok(()),
+        }
     }
 
     fn calls(&self) -> u64 {
@@ -149,7 +152,7 @@ fn what_was_prepared_needs_no_call() {
         let rewrap = BulkTask { key: Some(&name), ..task(BulkOperation::Rewrap) };
         let (session, mut run) = world.split();
         let head = session.needed_head(&run, Value::Text(&envelope)).unwrap().unwrap();
-        session.prepare_head(&mut run, rewrap, &head).unwrap();
+        assert!(session.prepare_heads(&mut run, rewrap, &[&head]).unwrap().is_empty());
         let prepared = world.calls();
         assert!(prepared > before);
         let moved = world.convert(rewrap, &envelope, None).unwrap().unwrap();

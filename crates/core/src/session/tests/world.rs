@@ -2,8 +2,8 @@
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
-use std::future::ready;
+use std::collections::{HashMap, HashSet};
+use std::future::{poll_fn, ready};
 use std::rc::Rc;
 use std::task::{Context as TaskContext, Poll, Waker};
 
@@ -28,15 +28,22 @@ impl Clock for FakeClock {
     }
 }
 
-/// Polls once: the fake service answers at once.
-pub(super) struct Immediately;
+/// Polls until the answer is there: the fake service answers with the second poll.
+#[derive(Default)]
+pub(super) struct Polling {
+    /// How often it polls before it gives up, as when a query is cancelled.
+    pub(super) patience: Option<usize>,
+}
 
-impl Wait for Immediately {
+impl Wait for Polling {
     fn wait<T>(&mut self, mut future: ProviderFuture<'_, T>) -> std::result::Result<T, ProviderError> {
-        match future.as_mut().poll(&mut TaskContext::from_waker(Waker::noop())) {
-            Poll::Ready(result) => result,
-            Poll::Pending => panic!("the fake service answers at once"),
+        for _ in 0..self.patience.unwrap_or(100_000) {
+            if let Poll::Ready(result) = future.as_mut().poll(&mut TaskContext::from_waker(Waker::noop())) {
+                return result;
+            }
         }
+        assert!(self.patience.is_some(), "the fake service always answers");
+        Err(ProviderError::new(Fault::Unreachable, "the call was interrupted"))
     }
 }
 
@@ -47,9 +54,57 @@ pub(super) struct Service {
     pub(super) wrapped: Cell<u64>,
     pub(super) moved: Cell<u64>,
     pub(super) deks: RefCell<HashMap<Vec<u8>, Kept>>,
+    stored: Cell<u64>,
     pub(super) refuses: Cell<bool>,
     /// Whether it unwraps to other DEKs than it wrapped.
     pub(super) swaps: Cell<bool>,
+    /// How many calls it answers before it fails in that way, if it does.
+    pub(super) fails_after: Cell<Option<(u64, Fault)>>,
+    /// KEKs (by id) that fail in a way of their own.
+    pub(super) failing: RefCell<HashMap<String, Fault>>,
+    /// Most calls that were under way at a time.
+    pub(super) peak: Cell<usize>,
+    under_way: Cell<usize>,
+    /// The wrapped DEKs that are being asked about.
+    asked: RefCell<HashSet<Vec<u8>>>,
+}
+
+/// A call that the service works on.
+struct UnderWay<'a>(&'a Service, Option<&'a [u8]>);
+
+impl<'a> UnderWay<'a> {
+    fn begin(service: &'a Service, wrapped: Option<&'a [u8]>) -> Self {
+        service.under_way.set(service.under_way.get() + 1);
+        service.peak.set(service.peak.get().max(service.under_way.get()));
+        if let Some(wrapped) = wrapped {
+            assert!(service.asked.borrow_mut().insert(wrapped.to_vec()), "two calls for one wrapped DEK");
+        }
+        UnderWay(service, wrapped)
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.under_way.set(self.0.under_way.get() - 1);
+        self.1.map(|wrapped| self.0.asked.borrow_mut().remove(wrapped));
+    }
+}
+
+impl Service {
+    fn fault(&self, kek_id: &str) -> std::result::Result<(), ProviderError> {
+        let failed = |fault| Err(ProviderError::new(fault, "as told"));
+        if let Some(&fault) = self.failing.borrow().get(kek_id) {
+            return failed(fault);
+        }
+        match self.fails_after.get() {
+            Some((0, fault)) => failed(fault),
+            Some((left, fault)) => {
+                self.fails_after.set(Some((left - 1, fault)));
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
 }
 
 /// A DEK, the context it is bound to, and the id of the KEK that wrapped it.
@@ -66,7 +121,7 @@ pub(super) struct FakeKek {
 impl FakeKek {
     fn store(&self, dek: [u8; 32], context: &Context) -> WrappedDek {
         let mut deks = self.service.deks.borrow_mut();
-        let bytes = format!("wrapped {}", deks.len()).into_bytes();
+        let bytes = format!("wrapped {}", self.service.stored.replace(self.service.stored.get() + 1)).into_bytes();
         deks.insert(bytes.clone(), (dek, context.clone(), self.id.borrow().clone()));
         WrappedDek { kek_id: self.id.borrow().clone(), bytes }
     }
@@ -83,26 +138,49 @@ impl FakeKek {
     }
 }
 
-fn count(cell: &Cell<u64>) {
-    cell.set(cell.get() + 1);
+impl FakeKek {
+    /// One call: begins with the first poll and is answered with the second, so that others come beside it.
+    fn call<'a, T: 'a>(
+        &'a self,
+        counted: &'a Cell<u64>,
+        wrapped: Option<&'a [u8]>,
+        work: impl FnOnce() -> std::result::Result<T, ProviderError> + 'a,
+    ) -> ProviderFuture<'a, T> {
+        Box::pin(async move {
+            counted.set(counted.get() + 1);
+            let _under_way = UnderWay::begin(&self.service, wrapped);
+            let mut polled = false;
+            poll_fn(|task| {
+                if std::mem::replace(&mut polled, true) {
+                    return Poll::Ready(());
+                }
+                task.waker().wake_by_ref();
+                Poll::Pending
+            })
+            .await;
+            let id = self.id.borrow().clone();
+            self.service.fault(&id)?;
+            work()
+        })
+    }
 }
 
 impl KeyProvider for FakeKek {
     fn generate<'a>(&'a self, context: &'a Context) -> ProviderFuture<'a, (Dek, WrappedDek)> {
-        count(&self.service.generated);
-        let mut bytes = [0; 32];
-        crate::random::fill_from_system(&mut bytes).unwrap();
-        Box::pin(ready(Ok((Dek::copied(&bytes).unwrap(), self.store(bytes, context)))))
+        self.call(&self.service.generated, None, || {
+            let mut bytes = [0; 32];
+            crate::random::fill_from_system(&mut bytes).unwrap();
+            Ok((Dek::copied(&bytes).unwrap(), self.store(bytes, context)))
+        })
     }
 
     fn unwrap<'a>(&'a self, wrapped: WrappedRef<'a>, context: &'a Context) -> ProviderFuture<'a, Dek> {
-        count(&self.service.unwrapped);
-        Box::pin(ready(self.load(wrapped, context).map(|dek| Dek::copied(&dek).unwrap())))
+        let load = move || self.load(wrapped, context).map(|dek| Dek::copied(&dek).unwrap());
+        self.call(&self.service.unwrapped, Some(wrapped.bytes), load)
     }
 
     fn wrap<'a>(&'a self, dek: &'a Dek, context: &'a Context) -> ProviderFuture<'a, WrappedDek> {
-        count(&self.service.wrapped);
-        Box::pin(ready(Ok(self.store(*dek.expose(), context))))
+        self.call(&self.service.wrapped, None, || Ok(self.store(*dek.expose(), context)))
     }
 
     fn rewrap_from<'a>(
@@ -114,8 +192,8 @@ impl KeyProvider for FakeKek {
         if !self.moves {
             return Box::pin(ready(Ok(None)));
         }
-        count(&self.service.moved);
-        Box::pin(ready(self.load(wrapped, context).map(|dek| Some(self.store(dek, context)))))
+        let load = move || self.load(wrapped, context).map(|dek| Some(self.store(dek, context)));
+        self.call(&self.service.moved, Some(wrapped.bytes), load)
     }
 
     fn is_current(&self, kek_id: &str) -> Option<bool> {
@@ -133,7 +211,7 @@ pub(super) struct World {
     pub(super) policy: Policy,
     pub(super) session: Session,
     pub(super) time: Rc<Cell<u64>>,
-    pub(super) wait: Immediately,
+    pub(super) wait: Polling,
     pub(super) gate: Gate,
 }
 
@@ -145,7 +223,7 @@ impl World {
         let keyring = Keyring { default_key: "main".into(), ..Keyring::default() };
         let mut gate = Gate::new(Box::new(()));
         gate.enter(0, Rc::new(Rights::all()));
-        let (policy, wait) = (Policy::default(), Immediately);
+        let (policy, wait) = (Policy::default(), Polling::default());
         let mut world = World { service, keyring, policy, session, time, wait, gate };
         world.add("main", "id-1", "{}", false, true);
         world
@@ -182,7 +260,7 @@ impl World {
         self.session = Session::new(Box::new(FakeClock(Rc::clone(&self.time)))).unwrap();
     }
 
-    pub(super) fn split(&mut self) -> (&mut Session, Run<'_, Immediately>) {
+    pub(super) fn split(&mut self) -> (&mut Session, Run<'_, Polling>) {
         (&mut self.session, Run::new(&self.keyring, self.policy, &mut self.wait, &mut self.gate))
     }
 

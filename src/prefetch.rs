@@ -1,0 +1,127 @@
+//! Fetching data keys before the values that need them are read or rewrapped: many calls together instead of one after
+//! the other.
+
+use std::collections::HashSet;
+use std::rc::Rc;
+
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+use pgrx::{Array, default};
+use vod_tender_core::access::Function;
+use vod_tender_core::stored::{Kind, Value};
+
+use crate::arguments::TextIn;
+use crate::backend;
+use crate::errors::{invalid, raise};
+
+/// Fetches the data keys of these values into the session's cache, for `envelope_decrypt` or, with the operation `rewrap`,
+/// for `rewrap` to a key. Gives how many it fetched.
+#[pg_extern(name = "envelope_prefetch", cost = 1000, volatile, parallel_restricted)]
+fn envelope_prefetch_text<'a>(
+    values: Option<Array<'a, TextIn<'a>>>,
+    operation: default!(Option<TextIn<'a>>, "'decrypt'"),
+    key: default!(Option<TextIn<'a>>, "NULL"),
+) -> Option<i64> {
+    let values = values?;
+    let heads = heads(Kind::Text, values.iter().flatten(), |value| value.get().map(Value::Text));
+    Some(fetch(&borrowed(&heads), &operation, &key))
+}
+
+/// The same for `bytea`.
+#[pg_extern(name = "envelope_prefetch", cost = 1000, volatile, parallel_restricted)]
+fn envelope_prefetch_bytea<'a>(
+    values: Option<Array<'a, &'a [u8]>>,
+    operation: default!(Option<TextIn<'a>>, "'decrypt'"),
+    key: default!(Option<TextIn<'a>>, "NULL"),
+) -> Option<i64> {
+    let values = values?;
+    let heads = heads(Kind::Bytes, values.iter().flatten(), |value| Some(Value::Bytes(value)));
+    Some(fetch(&borrowed(&heads), &operation, &key))
+}
+
+#[pg_schema]
+mod vod_tender_crypto {
+    use pgrx::Array;
+    use pgrx::prelude::*;
+    use vod_tender_core::access::Function;
+    use vod_tender_core::stored::Value;
+
+    use crate::arguments::TextIn;
+    use crate::backend;
+    use crate::errors::raise;
+
+    /// What of a stored value the key service must see, as `needed_head` gives it to jobs: for those who may use a key.
+    #[pg_extern(name = "stored_head", stable, parallel_restricted)]
+    fn stored_head_text(stored: Option<TextIn<'_>>) -> Option<Vec<u8>> {
+        stored_head(Value::Text(stored?.get()?))
+    }
+
+    /// The same for `bytea`.
+    #[pg_extern(name = "stored_head", stable, parallel_restricted)]
+    fn stored_head_bytea(stored: Option<&[u8]>) -> Option<Vec<u8>> {
+        stored_head(Value::Bytes(stored?))
+    }
+
+    fn stored_head(value: Value<'_>) -> Option<Vec<u8>> {
+        backend::with(Function::Other, value.kind(), |session, run| session.needed_head(run, value))
+            .unwrap_or_else(|error| raise(&error, value.kind()))
+    }
+
+    /// `envelope_prefetch` for what `stored_head` gave of values: NULL is nothing.
+    #[pg_extern(cost = 1000, volatile, parallel_restricted)]
+    fn prefetch_heads<'a>(
+        heads: Option<Array<'a, &'a [u8]>>,
+        operation: Option<TextIn<'a>>,
+        key: Option<TextIn<'a>>,
+    ) -> i64 {
+        let heads: Vec<_> = heads.iter().flat_map(Array::iter).flatten().collect();
+        super::fetch(&heads, &operation, &key)
+    }
+}
+
+/// What the key service must see of the values, each once. What is no envelope, or malformed, needs nothing.
+fn heads<V>(
+    kind: Kind,
+    values: impl Iterator<Item = V>,
+    value: impl for<'v> Fn(&'v V) -> Option<Value<'v>>,
+) -> Vec<Rc<[u8]>> {
+    let found = backend::with(Function::Other, kind, |session, run| {
+        let (mut heads, mut seen) = (Vec::new(), HashSet::new());
+        for each in values {
+            let Some(value) = value(&each) else { continue };
+            let Some(head) = session.needed_head(run, value)? else { continue };
+            let head: Rc<[u8]> = head.into();
+            if seen.insert(Rc::clone(&head)) {
+                heads.push(head);
+            }
+        }
+        Ok(heads)
+    });
+    found.unwrap_or_else(|error| raise(&error, kind))
+}
+
+fn borrowed(heads: &[Rc<[u8]>]) -> Vec<&[u8]> {
+    heads.iter().map(|head| &**head).collect()
+}
+
+fn fetch(heads: &[&[u8]], operation: &Option<TextIn<'_>>, key: &Option<TextIn<'_>>) -> i64 {
+    let key = key.as_ref().map(TextIn::as_str);
+    let rewraps = match (operation.as_ref().map(TextIn::as_str), key) {
+        (Some("decrypt"), None) => false,
+        (Some("decrypt"), Some(_)) => invalid("a key is given to prefetch for decrypting", "Values name their keys."),
+        (Some("rewrap"), _) => true,
+        _ => invalid("unknown operation to prefetch for", "Operations are decrypt and rewrap."),
+    };
+    let fetched = backend::with(Function::Prefetch, Kind::Text, |session, run| match rewraps {
+        true => session.prefetch_rewraps(run, key, heads),
+        false => session.prefetch(run, heads),
+    });
+    let fetched = fetched.unwrap_or_else(|error| raise(&error, Kind::Text));
+    if fetched.left_out > 0 {
+        let message = "data keys were left out: the session keeps no more";
+        ErrorReport::new(PgSqlErrorCode::ERRCODE_WARNING, message, "vod_tender_crypto")
+            .set_hint("Raise vod_tender_crypto.dek_cache_entries, or prefetch a part at a time.")
+            .report(PgLogLevel::WARNING);
+    }
+    fetched.deks as i64
+}

@@ -13,7 +13,8 @@ const MOST: usize = 1024;
 const PAGE: usize = 8192;
 
 thread_local! {
-    static LAST: Cell<usize> = const { Cell::new(0) };
+    /// Where the last value was, and where the one after it was thought to be.
+    static LAST: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
 }
 
 /// Has the processor load a value, and the place where the next row's is if it lies as far from this one as this one does
@@ -21,12 +22,17 @@ thread_local! {
 #[inline]
 pub fn value(bytes: &[u8]) {
     let at = bytes.as_ptr() as usize;
-    let step = at.wrapping_sub(LAST.replace(at));
+    let (last, expected) = LAST.get();
+    let step = at.wrapping_sub(last);
+    let next = at.wrapping_add(step);
+    LAST.set((at, next));
     let length = bytes.len().min(MOST);
-    load(at, length);
+    if at != expected {
+        load(at, length);
+    }
     if step.wrapping_add(PAGE) < 2 * PAGE {
         // With the row's own header, which comes before its columns.
-        load(at.wrapping_add(step).wrapping_sub(LINE), length + LINE);
+        load(next.wrapping_sub(LINE), length + LINE);
     }
 }
 

@@ -334,7 +334,7 @@ def test_core_dumps(make_cluster, extension):
 
 def test_too_little_memory_may_be_locked(make_cluster, extension):
     found = [("warning", "locked_memory", "RLIMIT_MEMLOCK")]
-    with own_set_up(make_cluster, memlock=1024 * 1024) as (_, session):
+    with own_set_up(make_cluster, memlock=512 * 1024) as (_, session):
         assert findings(session) == found, "the default number of keys needs more"
         session.execute("SET vod_tender_crypto.dek_cache_entries = 100")
         assert findings(session) == []

@@ -32,8 +32,10 @@ BEGIN
     PERFORM vod_tender_crypto.check_target(j.target, j.columns, false);
     FOR relation IN SELECT vod_tender_crypto.storing_relations(j.target) LOOP
         plan := vod_tender_crypto.plan_job(j, relation);
-        SELECT format('SELECT array_agg(DISTINCT h.head) FROM ONLY %s t CROSS JOIN LATERAL (VALUES %s) h(head)
-                       WHERE t.ctid >= $1 AND t.ctid < $2 AND h.head IS NOT NULL', plan.table_name,
+        -- No more than tells that there are too many: an array of all of them may not fit into memory.
+        SELECT format('SELECT array_agg(f.head)
+                       FROM (SELECT DISTINCT h.head FROM ONLY %s t CROSS JOIN LATERAL (VALUES %s) h(head)
+                             WHERE t.ctid >= $1 AND t.ctid < $2 AND h.head IS NOT NULL LIMIT $3) f', plan.table_name,
             string_agg(format('(vod_tender_crypto.unfetched_head(%s))', vod_tender_crypto.stored_expression(a.attname, a.atttypid)), ', '))
         INTO heads_sql
         FROM pg_attribute a WHERE a.attrelid = verify.relation AND a.attname = ANY (j.columns);
@@ -43,7 +45,8 @@ BEGIN
         blocks := most_blocks;
         WHILE block * current_setting('block_size')::bigint < pg_relation_size(relation) LOOP
             -- What these blocks need from key services, all together.
-            EXECUTE heads_sql INTO heads USING format('(%s,0)', block)::tid, format('(%s,0)', block + blocks)::tid;
+            EXECUTE heads_sql INTO heads USING format('(%s,0)', block)::tid, format('(%s,0)', block + blocks)::tid,
+                most_heads + 1;
             IF cardinality(heads) > most_heads AND blocks > 1 THEN
                 blocks := blocks / 2;
                 CONTINUE;

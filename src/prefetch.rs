@@ -12,7 +12,8 @@ use vod_tender_core::stored::{Kind, Value};
 
 use crate::arguments::TextIn;
 use crate::backend;
-use crate::errors::{invalid, raise};
+use crate::errors::{invalid, raise, sqlstate_text};
+use crate::process;
 
 /// Fetches the data keys of these values into the session's cache, for `envelope_decrypt` or, with the operation `rewrap`,
 /// for `rewrap` to a key. Gives how many it fetched.
@@ -50,7 +51,8 @@ mod vod_tender_crypto {
     use crate::backend;
     use crate::errors::raise;
 
-    /// What of a stored value the key service must see, as `needed_head` gives it to jobs: for those who may use a key.
+    /// What of a stored value the key service must see, as `needed_head` gives it to jobs: for those who may use a key. NULL
+    /// also for what is too long to be fetched ahead.
     #[pg_extern(name = "stored_head", stable, parallel_restricted)]
     fn stored_head_text(stored: Option<TextIn<'_>>) -> Option<Vec<u8>> {
         stored_head(Value::Text(stored?.get()?))
@@ -63,7 +65,7 @@ mod vod_tender_crypto {
     }
 
     fn stored_head(value: Value<'_>) -> Option<Vec<u8>> {
-        backend::with(Function::Other, value.kind(), |session, run| session.needed_head(run, value))
+        backend::with(Function::Other, value.kind(), |session, run| session.fetchable_head(run, value))
             .unwrap_or_else(|error| raise(&error, value.kind()))
     }
 
@@ -85,19 +87,26 @@ fn heads<V>(
     values: impl Iterator<Item = V>,
     value: impl for<'v> Fn(&'v V) -> Option<Value<'v>>,
 ) -> Vec<Rc<[u8]>> {
-    let found = backend::with(Function::Other, kind, |session, run| {
-        let (mut heads, mut seen) = (Vec::new(), HashSet::new());
-        for each in values {
-            let Some(value) = value(&each) else { continue };
-            let Some(head) = session.needed_head(run, value)? else { continue };
-            let head: Rc<[u8]> = head.into();
-            if seen.insert(Rc::clone(&head)) {
-                heads.push(head);
+    /// Values that are looked at before an interrupt is.
+    const AT_ONCE: usize = 1000;
+    let (mut heads, mut seen) = (Vec::new(), HashSet::new());
+    let mut values = values.peekable();
+    while values.peek().is_some() {
+        let found = backend::with(Function::Other, kind, |session, run| {
+            for each in values.by_ref().take(AT_ONCE) {
+                let Some(value) = value(&each) else { continue };
+                let Some(head) = session.fetchable_head(run, value)? else { continue };
+                let head: Rc<[u8]> = head.into();
+                if seen.insert(Rc::clone(&head)) {
+                    heads.push(head);
+                }
             }
-        }
-        Ok(heads)
-    });
-    found.unwrap_or_else(|error| raise(&error, kind))
+            Ok(())
+        });
+        found.unwrap_or_else(|error| raise(&error, kind));
+        process::process_interrupts();
+    }
+    heads
 }
 
 fn borrowed(heads: &[Rc<[u8]>]) -> Vec<&[u8]> {
@@ -112,9 +121,16 @@ fn fetch(heads: &[&[u8]], operation: &Option<TextIn<'_>>, key: &Option<TextIn<'_
         (Some("rewrap"), _) => true,
         _ => invalid("unknown operation to prefetch for", "Operations are decrypt and rewrap."),
     };
-    let fetched = backend::with(Function::Prefetch, Kind::Text, |session, run| match rewraps {
-        true => session.prefetch_rewraps(run, key, heads),
-        false => session.prefetch(run, heads),
+    let fetched = backend::with(Function::Prefetch, Kind::Text, |session, run| {
+        let fetched = match rewraps {
+            true => session.prefetch_rewraps(run, key, heads)?,
+            false => session.prefetch(run, heads)?,
+        };
+        for (admitted, error) in &fetched.refused {
+            run.gate.attempt(*admitted);
+            run.gate.failed(&sqlstate_text(error, Kind::Text), error.key());
+        }
+        Ok(fetched)
     });
     let fetched = fetched.unwrap_or_else(|error| raise(&error, Kind::Text));
     if fetched.left_out > 0 {

@@ -332,6 +332,37 @@ def test_each_data_key_is_recorded_as_a_use(made, roles, kms):
         assert records[0]["key_service_requests"], "they lead to the service's own log"
 
 
+def test_headers_that_are_very_long_are_read_and_not_fetched_ahead(made, kms):
+    with made.connect() as session:
+        value = binary(one(session, "SELECT v FROM t WHERE n = 1"))
+        header = one(session, "SELECT vod_tender_crypto.stored_head(%s::bytea)", value)
+        # More wraps behind the one that opens, each under a name that is not configured.
+        at = 6 + 2 + int.from_bytes(header[6:8], "big")
+        wraps = b"".join(bytes([4]) + b"w%03d" % n + (1).to_bytes(2, "big") + b"k" + (4000).to_bytes(2, "big") + bytes(4000)
+                         for n in range(5))
+        longer = header[:at] + bytes([6]) + header[at + 1:-32] + wraps + header[-32:] + value[len(header):]
+        assert one(session, "SELECT vod_tender_crypto.stored_head(%s::bytea)", longer) is None
+        assert one(session, "SELECT envelope_prefetch(ARRAY[%s::bytea])", longer) == 0
+        assert kms.count("Decrypt") == 0
+        assert one(session, "SELECT convert_from(envelope_decrypt(%s::bytea), 'UTF8')", longer) == "value 1"
+
+
+def test_what_a_service_refused_or_opened_in_vain_is_recorded_too(made, kms):
+    with made.connect() as session:
+        session.execute("SET vod_tender_crypto.audit = 'table'")
+        values = [value for (value,) in session.execute("SELECT v FROM t ORDER BY n LIMIT 2").fetchall()]
+        # The last bytes before the payload are the commitment; the wrapped DEK comes before them.
+        ends = [len(head) for (head,) in (session.execute("SELECT vod_tender_crypto.stored_head(%s::text)", [value]).fetchone()
+                                          for value in values)]
+        binaries = [bytearray(binary(value)) for value in values]
+        binaries[0][ends[0] - 1] ^= 1
+        binaries[1][ends[1] - 33] ^= 1
+        assert one(session, "SELECT envelope_prefetch(%s::bytea[])", [bytes(each) for each in binaries]) == 0
+        assert kms.count("Decrypt") == 2
+        records = audited(session)
+        assert [(each["outcome"], each["sqlstate"], each["value_count"]) for each in records] == [("failed", "39000", 2)]
+
+
 def test_what_cannot_be_recorded_is_not_fetched(made, kms):
     with made.connect() as session:
         session.execute("SET vod_tender_crypto.audit_required = on")

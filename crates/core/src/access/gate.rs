@@ -344,7 +344,7 @@ impl Gate {
     }
 
     /// Goes back to a use that was admitted before others were: what comes next is about that one.
-    pub(crate) fn attempt(&mut self, admitted: Admitted) {
+    pub fn attempt(&mut self, admitted: Admitted) {
         self.attempt = admitted.0.or(self.attempt);
     }
 

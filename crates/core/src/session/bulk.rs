@@ -15,7 +15,7 @@ use crate::keyring::{Keyring, LEGACY_KEY};
 use crate::policy::{Limits, PlaintextReads};
 use crate::provider::{Wait, WrappedRef};
 use crate::session::decrypt::unwrap_one;
-use crate::session::heads::Form;
+use crate::session::heads::{Form, MOST_HEAD_BYTES};
 use crate::session::prefetch::{Asked, Outcome};
 use crate::session::rewrap_ahead::Destination;
 use crate::session::{Reading, Run, Sealing, Session};
@@ -210,6 +210,11 @@ impl Session {
         })
     }
 
+    /// The same for those who fetch many together: `None` also for what is too long to be held with others.
+    pub fn fetchable_head<W>(&mut self, run: &Run<'_, W>, value: Value<'_>) -> Result<Option<Vec<u8>>> {
+        Ok(self.needed_head(run, value)?.filter(|head| head.len() <= MOST_HEAD_BYTES))
+    }
+
     /// The same, but `None` also for what was fetched: for those who go over many values under few DEKs.
     pub fn unfetched_head<W>(&mut self, run: &Run<'_, W>, value: Value<'_>) -> Result<Option<Vec<u8>>> {
         let limits = &run.policy.limits;
@@ -218,6 +223,9 @@ impl Session {
             Ok(Form::Literal(blob)) => blob.into(),
             Ok(Form::Other) | Err(_) => return Ok(None),
         };
+        if head.len() > MOST_HEAD_BYTES {
+            return Ok(None);
+        }
         let opened = self.opened.get_young(&head, self.clock.now_ms(), limits, &mut self.stats);
         Ok(opened.is_none().then(|| head.to_vec()))
     }

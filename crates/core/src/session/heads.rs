@@ -11,6 +11,10 @@ use crate::error::Result;
 use crate::policy::Limits;
 use crate::stored::{Stored, Value, head};
 
+/// Longest head that is remembered, or fetched ahead with many others. Whoever may write rows may write headers of a megabyte
+/// and a half, and memory is bounded by their number.
+pub(super) const MOST_HEAD_BYTES: usize = 16 * 1024;
+
 /// A wrap's key name and KEK id.
 pub(super) type Under = (String, String);
 
@@ -85,7 +89,9 @@ impl Heads {
         let under = |wrap: &Wrap<'_>| (wrap.key_name.to_owned(), wrap.kek_id.to_owned());
         let wraps = Header::parse(header)?.wraps.iter().map(under).collect();
         let known = Known { wraps, header: header.into() };
-        if let Some(head) = head(value) {
+        if let Some(head) = head(value)
+            && head.len() <= MOST_HEAD_BYTES
+        {
             while self.0.len() >= limits.cache_entries.max(1) {
                 self.0.pop_lru();
             }

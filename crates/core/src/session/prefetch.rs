@@ -19,12 +19,15 @@ use crate::session::together::{Down, Lanes, together};
 use crate::session::{Run, Session};
 
 /// What a prefetch did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Prefetched {
     /// DEKs that were fetched.
     pub deks: u64,
     /// Headers whose DEKs were not, because the session keeps no more than [`crate::policy::Limits::cache_entries`].
     pub left_out: u64,
+    /// What services refused about single values, and the use of a key that this was. Whoever prefetches notes it, for
+    /// nobody may come to read those values.
+    pub refused: Vec<(Admitted, Error)>,
 }
 
 /// What calls that were made together brought.
@@ -35,6 +38,8 @@ pub(super) struct Outcome {
     pub left_out: Vec<usize>,
     /// What is wrong with single heads, by place.
     pub failures: Vec<(usize, Error)>,
+    /// Those of them that a service was called for.
+    refused: Vec<(Admitted, Error)>,
 }
 
 impl Outcome {
@@ -42,8 +47,14 @@ impl Outcome {
         self.failures.extend(places.iter().map(|&place| (place, error.clone())));
     }
 
+    /// Notes a failure that a service was called for.
+    pub(super) fn refuse(&mut self, places: &[usize], admitted: Admitted, error: &Error) {
+        self.fail(places, error);
+        self.refused.push((admitted, error.clone()));
+    }
+
     pub(super) fn prefetched(self) -> Prefetched {
-        Prefetched { deks: self.deks, left_out: self.left_out.len() as u64 }
+        Prefetched { deks: self.deks, left_out: self.left_out.len() as u64, refused: self.refused }
     }
 }
 
@@ -77,7 +88,7 @@ impl Session {
             for Failed { head, admitted, error } in failed {
                 match head.through_another_wrap(run, error) {
                     Ok(head) => wanted.push(head),
-                    Err((places, error)) if error.concerns_one_value(None) => outcome.fail(&places, &error),
+                    Err((places, error)) if error.concerns_one_value(None) => outcome.refuse(&places, admitted, &error),
                     Err((_, error)) => {
                         run.gate.attempt(admitted);
                         return Err(error);

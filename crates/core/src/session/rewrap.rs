@@ -127,14 +127,15 @@ impl Session {
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
         let commitment = must_check.then_some(header.commitment);
-        if let Some(known) = self.rewraps.known(target, wrap, commitment, now, &limits) {
+        let name = RewrapMemo::name(&target.name, wrap, &header.context, commitment);
+        if let Some(known) = self.rewraps.known(target, &name, now, &limits) {
             return Ok((from, known.clone()));
         }
         let moving =
             Moving { target, source, wrap, context: &header.context, commitment: header.commitment, must_check };
         let moved = run.call(source, Box::pin(async { Ok(moving.moved().await) }))?;
         let fresh = moved?;
-        self.rewraps.put(&target.name, wrap, commitment, &fresh, now, &limits);
+        self.rewraps.put(&target.name, name, &fresh, now, &limits);
         Ok((from, fresh))
     }
 }
@@ -245,44 +246,42 @@ impl RewrapMemo {
     }
 
     /// What a wrap was moved to, if that was seen.
-    pub(super) fn known(
-        &mut self,
-        target: &Kek,
-        wrap: &Wrap<'_>,
-        commitment: Option<&[u8; COMMITMENT_BYTES]>,
-        now_ms: u64,
-        limits: &Limits,
-    ) -> Option<&WrappedDek> {
-        let (fresh, born_ms) = self.moved.get(&name(&target.name, wrap, commitment))?;
+    pub(super) fn known(&mut self, target: &Kek, name: &[u8], now_ms: u64, limits: &Limits) -> Option<&WrappedDek> {
+        let (fresh, born_ms) = self.moved.get(name)?;
         // What was learned before the target's key was replaced is of no use.
         let is_of_use = is_young(*born_ms, now_ms, limits) && target.provider.is_current(&fresh.kek_id) != Some(false);
         is_of_use.then_some(fresh)
     }
 
-    pub(super) fn put(
-        &mut self,
-        target: &str,
-        wrap: &Wrap<'_>,
-        commitment: Option<&[u8; COMMITMENT_BYTES]>,
-        fresh: &WrappedDek,
-        now_ms: u64,
-        limits: &Limits,
-    ) {
+    pub(super) fn put(&mut self, target: &str, name: Box<[u8]>, fresh: &WrappedDek, now_ms: u64, limits: &Limits) {
         let capacity = NonZeroUsize::new(limits.cache_entries).unwrap_or(NonZeroUsize::MIN);
         while self.moved.len() >= capacity.get() {
             self.moved.pop_lru();
         }
-        self.moved.put(name(target, wrap, commitment), (fresh.clone(), now_ms));
+        self.moved.put(name, (fresh.clone(), now_ms));
         self.note_newest(target, &fresh.kek_id, now_ms);
     }
-}
 
-/// What was seen to hold the DEK that a header commits to has another name than what was moved unseen.
-fn name(target: &str, wrap: &Wrap<'_>, commitment: Option<&[u8; COMMITMENT_BYTES]>) -> Box<[u8]> {
-    let commitment = commitment.map_or(&[][..], |commitment| &commitment[..]);
-    let parts = [target.as_bytes(), wrap.key_name.as_bytes(), commitment, wrap.wrapped_dek];
-    let lengths = parts.iter().map(|part| part.len() as u32);
-    let mut name: Vec<u8> = lengths.flat_map(u32::to_be_bytes).collect();
-    parts.iter().for_each(|part| name.extend_from_slice(part));
-    name.into()
+    /// What a move is remembered by: all that its answer depends on. What was seen to hold the DEK that a header commits to
+    /// has another name than what was moved unseen.
+    pub(super) fn name(
+        target: &str,
+        wrap: &Wrap<'_>,
+        context: &Context,
+        commitment: Option<&[u8; COMMITMENT_BYTES]>,
+    ) -> Box<[u8]> {
+        let commitment = commitment.map_or(&[][..], |commitment| &commitment[..]);
+        let parts = [
+            target.as_bytes(),
+            wrap.key_name.as_bytes(),
+            wrap.kek_id.as_bytes(),
+            context.encoded(),
+            commitment,
+            wrap.wrapped_dek,
+        ];
+        let lengths = parts.iter().map(|part| part.len() as u32);
+        let mut name: Vec<u8> = lengths.flat_map(u32::to_be_bytes).collect();
+        parts.iter().for_each(|part| name.extend_from_slice(part));
+        name.into()
+    }
 }

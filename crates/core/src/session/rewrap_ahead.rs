@@ -11,7 +11,7 @@ use crate::provider::{Wait, WrappedDek, WrappedRef};
 use crate::seal::Derived;
 use crate::session::decrypt::more_telling;
 use crate::session::prefetch::{Asked, Outcome, Prefetched};
-use crate::session::rewrap::{Moving, is_passing, order, renewed, source};
+use crate::session::rewrap::{Moving, RewrapMemo, is_passing, order, renewed, source};
 use crate::session::together::{Down, Lanes, together};
 use crate::session::{Run, Session};
 
@@ -117,7 +117,7 @@ impl Session {
                 match head.through_another_wrap(run, target, failure) {
                     Ok(head) => due.push(head),
                     Err((places, error)) if error.concerns_one_value(Some(&target.name)) => {
-                        outcome.fail(&places, &error);
+                        outcome.refuse(&places, admitted, &error);
                     }
                     Err((_, error)) => {
                         run.gate.attempt(admitted);
@@ -155,7 +155,7 @@ impl Session {
             let failure = match answer {
                 Ok(fresh) => {
                     let head = &group.heads[0];
-                    rewraps.put(&target.name, head.wrap(), head.commitment(), &fresh, clock.now_ms(), &limits);
+                    rewraps.put(&target.name, head.moved_name(target), &fresh, clock.now_ms(), &limits);
                     if !head.is_renewed_by(&fresh) {
                         return ControlFlow::Continue(());
                     }
@@ -215,7 +215,7 @@ impl Session {
     ) -> bool {
         let head = &group.heads[0];
         let (now, limits) = (self.clock.now_ms(), run.policy.limits);
-        let Some(known) = self.rewraps.known(target, head.wrap(), head.commitment(), now, &limits) else {
+        let Some(known) = self.rewraps.known(target, &head.moved_name(target), now, &limits) else {
             return false;
         };
         let knows = |head: &Due<'_, '_>| {
@@ -323,6 +323,10 @@ impl<'h, 'k> Due<'h, 'k> {
     }
 
     /// What the DEK must be seen to fit: a wrap that replaces another one must hold the payload's DEK.
+    fn moved_name(&self, target: &Kek) -> Box<[u8]> {
+        RewrapMemo::name(&target.name, self.wrap(), &self.header.context, self.commitment())
+    }
+
     fn commitment(&self) -> Option<&'h [u8; COMMITMENT_BYTES]> {
         self.own.is_some_and(|own| own != self.at).then_some(self.header.commitment)
     }

@@ -38,10 +38,11 @@ fn rewrapped<'a>(value: &'a [u8], change: impl FnOnce(&mut Vec<Wrap<'a>>)) -> Ve
 }
 
 impl World {
-    fn prefetch(&mut self, values: &[Vec<u8>]) -> Result<Prefetched> {
+    /// How many DEKs it fetched, and how many did not fit.
+    fn prefetch(&mut self, values: &[Vec<u8>]) -> Result<(u64, u64)> {
         let heads: Vec<_> = values.iter().map(|value| head(value)).collect();
         let (session, mut run) = self.split();
-        session.prefetch(&mut run, &heads)
+        session.prefetch(&mut run, &heads).map(counts)
     }
 
     fn unwrapped(&self) -> u64 {
@@ -55,8 +56,12 @@ impl World {
     }
 }
 
-fn fetched(deks: u64, left_out: u64) -> Prefetched {
-    Prefetched { deks, left_out }
+fn fetched(deks: u64, left_out: u64) -> (u64, u64) {
+    (deks, left_out)
+}
+
+fn counts(found: Prefetched) -> (u64, u64) {
+    (found.deks, found.left_out)
 }
 
 #[test]
@@ -200,8 +205,8 @@ fn what_is_no_header_is_left_out_of_it() {
     let whole = head(&values[0]);
     let heads: Vec<_> = (4..whole.len()).map(|length| &whole[..length]).collect();
     let (session, mut run) = world.split();
-    assert_eq!(session.prefetch(&mut run, &heads).unwrap(), fetched(0, 0));
-    assert_eq!(session.prefetch_rewraps(&mut run, None, &heads).unwrap(), fetched(0, 0));
+    assert_eq!(session.prefetch(&mut run, &heads).map(counts).unwrap(), fetched(0, 0));
+    assert_eq!(session.prefetch_rewraps(&mut run, None, &heads).map(counts).unwrap(), fetched(0, 0));
     assert_eq!(world.unwrapped(), 0);
 }
 
@@ -278,7 +283,7 @@ fn literal_forms_are_fetched_too() {
     let heads: Vec<_> = blobs.iter().map(Vec::as_slice).collect();
     let (session, mut run) = world.split();
     // The fake service knows none of them.
-    assert_eq!(session.prefetch(&mut run, &heads).unwrap(), fetched(0, 0));
+    assert_eq!(session.prefetch(&mut run, &heads).map(counts).unwrap(), fetched(0, 0));
     assert_eq!(world.unwrapped(), 3);
     world.enter(1, &[]);
     let (session, mut run) = world.split();

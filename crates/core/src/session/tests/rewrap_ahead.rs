@@ -60,7 +60,8 @@ fn each_distinct_dek_is_moved_once_and_many_at_a_time() {
         world.add("next", "id-2", "{}", moves, true);
         let values = made(&mut world, 30, "main");
         let twice = [values.clone(), values.clone()].concat();
-        assert_eq!(world.move_ahead(&twice, "next").unwrap(), Prefetched { deks: 30, left_out: 0 });
+        let moved_ahead = world.move_ahead(&twice, "next").unwrap();
+        assert_eq!((moved_ahead.deks, moved_ahead.left_out), (30, 0));
         let calls = if moves { [30, 0, 0] } else { [0, 30, 30] };
         assert_eq!((world.move_calls(), world.service.peak.get()), (calls, 4));
         let moved = world.rewraps_all(&values, "next");

@@ -60,7 +60,7 @@ fn fetched(deks: u64, left_out: u64) -> (u64, u64) {
     (deks, left_out)
 }
 
-fn counts(found: Prefetched) -> (u64, u64) {
+pub(super) fn counts(found: Prefetched) -> (u64, u64) {
     (found.deks, found.left_out)
 }
 

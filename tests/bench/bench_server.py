@@ -58,8 +58,3 @@ def set_all(connection: psycopg.Connection, *settings: str) -> None:
     """Set settings of the extension's, given as `name = value`."""
     for setting in settings:
         connection.execute(f"SET vod_tender_crypto.{setting}")
-
-
-def number(connection: psycopg.Connection, query: str):
-    """The single value of a query."""
-    return connection.execute(query).fetchone()[0]

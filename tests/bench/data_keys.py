@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Dict, Tuple
 
-from bench_server import ONE_DEK, number, server, session
+from bench_server import ONE_DEK, server, session
+from helpers import one
 from interleaved import Times, interleaved, query_run
 from tables import Shape, envelopes, make_envelopes, make_plain
 
 SIZE = 200
 COUNTS = (1, 10, 100, 1000, 10_000)
-# Room for all of them, and PostgreSQL's default, which 10,000 exceed: then most are opened anew, here out of a file.
+# Room for all of them, and the extension's default, which 10,000 exceed: then most are opened anew, here out of a file.
 ROOMS = (20_000, 1000)
 Counted = Dict[Tuple[int, int], Times]
 
@@ -30,7 +31,7 @@ def measure(rows: int, repeats: int) -> Counted:
                 query = f"SELECT sum(octet_length(envelope_decrypt(v))) FROM {envelopes('bytea', count, False)}"
                 runs[room, count] = query_run(connection, query, rows, SIZE * rows)
                 runs[room, count]()
-                cached = number(connection, "SELECT vod_tender_crypto.session_stats() -> 'cached_deks'")
+                cached = one(connection, "SELECT vod_tender_crypto.session_stats() -> 'cached_deks'")
                 expected = min(-(-rows // -(-rows // count)), room)
                 assert cached == expected, f"{cached} DEKs are cached instead of {expected}"
         return interleaved(runs, repeats)

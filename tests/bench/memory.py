@@ -12,7 +12,8 @@ from typing import Callable, Dict, List
 
 import report
 import targets
-from bench_server import number, server, session, set_all
+from bench_server import server, session, set_all
+from helpers import one
 from strict_kms import StrictKms, faults
 
 LIBRARY = "vod_tender_crypto"
@@ -119,7 +120,7 @@ def idle(sessions: int) -> "Dict[str, float]":
             set_all(connection, f"dek_cache_entries = {DEKS}", "dek_max_age = 86400")
             connection.execute("SELECT count(envelope_decrypt(v)) FROM t")
         for connection in opened:
-            cached = number(connection, "SELECT vod_tender_crypto.session_stats() -> 'cached_deks'")
+            cached = one(connection, "SELECT vod_tender_crypto.session_stats() -> 'cached_deks'")
             assert cached == DEKS, f"a session holds {cached} DEKs"
         total = sum(_rollup(connection, "Pss") for connection in opened)
         return {"sessions": sessions, "total_pss_mb": total, "session_mb": total / sessions,
@@ -154,13 +155,10 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=500)
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--write", action="store_true", help="put the result into docs/BENCHMARKS.md")
-    parser.add_argument("--enforce", action="store_true", help="fail when a target is missed")
     arguments = parser.parse_args()
     found = {**loading(arguments.repeats), **calling(arguments.repeats), **idle(arguments.sessions)}
     report.show("memory", text(found, arguments.repeats), write=arguments.write)
     targets.note("memory", found)
-    if arguments.enforce:
-        targets.enforce("memory")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ import time
 from typing import Dict
 
 import report
-from bench_server import ONE_DEK, number, server, session
+from bench_server import ONE_DEK, server, session
+from helpers import one
 from interleaved import Times, interleaved, query_run
 from strict_kms import StrictKms, faults
+from tables import plaintext
 
 SIZE = 200
 WORKERS = 2
@@ -30,7 +32,7 @@ def measure(rows: int, repeats: int) -> dict:
         with session(cluster, *ONE_DEK) as connection:
             connection.execute(SAFE)
             connection.execute("SELECT vod_tender_crypto.add_key('kms', %s)", [kms.kek_uri(kms.create_key())])
-            value = f"convert_to(substr(repeat(md5(n::text), {SIZE // 32 + 1}), 1, {SIZE}), 'UTF8')"
+            value = f"convert_to({plaintext(SIZE)}, 'UTF8')"
             numbers = f"FROM generate_series(1, {rows}) n"
             connection.execute(f"CREATE TABLE t AS SELECT envelope_encrypt({value}) AS v {numbers}")
             connection.execute(f"SET vod_tender_crypto.dek_max_uses = {-(-rows // KMS_DEKS)}")
@@ -65,7 +67,7 @@ def _calls(cluster, kms: StrictKms, workers: int, expected: int) -> "Dict[str, f
         for state in ("cold", "warm"):
             kms.reset_record()
             began = time.perf_counter()
-            assert number(connection, QUERY.format(table="k")) == expected
+            assert one(connection, QUERY.format(table="k")) == expected
             found[f"{state}_s"] = time.perf_counter() - began
             found[f"{state}_calls"] = kms.count("Decrypt")
         return found

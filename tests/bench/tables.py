@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench_server import ONE_DEK, number, session
+from bench_server import ONE_DEK, session
 from cluster import Cluster
+from helpers import one
 
 KINDS = ("bytea", "text")
 PGCRYPTO_KEY = r"'\x000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f'::bytea"
@@ -53,10 +54,15 @@ def make(cluster: Cluster, shape: Shape, extensions: "dict[str, bool]") -> None:
                  f"SELECT a, pgp_sym_encrypt(v, {PASSPHRASE}) FROM plain_text LIMIT {shape.sample}")
 
 
+def plaintext(size: int) -> str:
+    """An expression over the row's number n: a text of so many bytes, another one in each row."""
+    return f"substr(repeat(md5(n::text), {size // 32 + 1}), 1, {size})"
+
+
 def make_plain(connection, shape: Shape) -> None:
     """The plaintext, as text and as the same bytes."""
-    value = f"substr(repeat(md5(n::text), {shape.size // 32 + 1}), 1, {shape.size})"
-    fill(connection, "plain_text", "text", f"SELECT 'row-' || n, {value} FROM generate_series(1, {shape.rows}) n")
+    fill(connection, "plain_text", "text",
+         f"SELECT 'row-' || n, {plaintext(shape.size)} FROM generate_series(1, {shape.rows}) n")
     fill(connection, "plain_bytea", "bytea", "SELECT a, convert_to(v, 'UTF8') FROM plain_text")
 
 
@@ -79,4 +85,4 @@ def fill(connection, table: str, kind: str, query: str) -> None:
 
 def header_length(connection, shape: Shape) -> int:
     """Bytes of an envelope before its payload."""
-    return number(connection, f"SELECT max(octet_length(v)) FROM {envelopes('bytea', 1, False)}") - shape.size - 28
+    return one(connection, f"SELECT max(octet_length(v)) FROM {envelopes('bytea', 1, False)}") - shape.size - 28

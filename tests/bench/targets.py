@@ -71,19 +71,10 @@ def note(section: str, figures: "Mapping[str, float]") -> None:
     print(table(target for target in TARGETS if target.section == section))
 
 
-def missed(sections: "Iterable[str] | None" = None) -> "List[Target]":
-    """The targets (of these sections) that were not met, or not measured."""
-    chosen = None if sections is None else set(sections)
-    wanted = [target for target in TARGETS if chosen is None or target.section in chosen]
-    figures = {target: _figure(target) for target in wanted}
+def missed() -> "List[Target]":
+    """The targets that were not met, or not measured."""
+    figures = {target: _figure(target) for target in TARGETS}
     return [target for target, figure in figures.items() if figure is None or not target.met(figure)]
-
-
-def enforce(section: str) -> None:
-    """End the program with an error when a target of the section was missed."""
-    failed = missed([section])
-    if failed:
-        sys.exit("missed: " + "; ".join(target.what for target in failed))
 
 
 def table(targets: "Iterable[Target]") -> str:

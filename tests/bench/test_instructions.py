@@ -59,3 +59,21 @@ def test_the_program_fails_with_a_doctored_record(counted, tmp_path):
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert done.returncode != 0
     assert "more instructions: decrypt_bytea." in done.stderr
+
+
+def test_where_the_result_is_written_growth_is_left_to_the_targets(counted, tmp_path, monkeypatch, capsys):
+    """`make bench` goes on, and fails where targets are enforced; every other failure ends it."""
+    recorded = tmp_path / "instructions.json"
+    recorded.write_text(json.dumps({"instructions": {**counted, "decrypt_bytea": counted["decrypt_bytea"] * 0.85}}))
+    noted = {}
+    monkeypatch.setattr(instructions, "RECORDED", recorded)
+    monkeypatch.setattr(instructions, "count", lambda: counted)
+    monkeypatch.setattr(instructions.report, "show", lambda *_, **__: None)
+    monkeypatch.setattr(instructions.targets, "note", lambda section, figures: noted.update({section: figures}))
+    monkeypatch.setattr(sys, "argv", ["instructions.py", "--write", "--recorded", str(recorded)])
+    instructions.main()
+    assert "more instructions: decrypt_bytea." in capsys.readouterr().out
+    assert noted["instructions"]["growth_percent"] > instructions.GROWTH_PERCENT
+    monkeypatch.setattr(instructions, "count", lambda: {})
+    with pytest.raises(SystemExit, match="Record them again"):
+        instructions.main()

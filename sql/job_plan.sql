@@ -205,7 +205,9 @@ BEGIN
         END IF;
         arguments := format('%L, %s, %s, %s', vod_tender_crypto.job_task(plan_job.j, col.aad IS NOT NULL), stored, aad, version);
         head_items := head_items || format(', vod_tender_crypto.needed_head(%s) AS h%s', stored, col.at);
-        heads := concat_ws(' || ', heads, format('array_agg(DISTINCT b.h%s)', col.at));
+        -- A header may have a megabyte and a half. A long one is fetched when its row is the only one of a batch.
+        heads := concat_ws(' || ', heads, format('array_agg(DISTINCT b.h%1$s) FILTER (WHERE $3 = 1 OR octet_length(b.h%1$s) <= %2$s)',
+            col.at, 16384));
         new_items := new_items || format(', vod_tender_crypto.convert_value(%1$s) AS n%2$s, %3$s IS NULL AS z%2$s, %4$s AS a%2$s',
             arguments, col.at, stored, CASE WHEN guarded THEN aad ELSE 'NULL::text' END);
         fine := concat_ws(' AND ', fine, format('(l.z%1$s OR l.n%1$s IS NOT NULL)', col.at));

@@ -165,6 +165,10 @@ CREATE FUNCTION vod_tender_crypto.job_look(
 AS $$
 BEGIN
     EXECUTE (job_look.plan).look_sql INTO n, last_row, heads USING job_look.from_row, job_look.to_row, job_look.most_rows;
+    IF n = 1 AND job_look.most_rows > 1 THEN
+        -- Its header may be one of those that are long.
+        EXECUTE (job_look.plan).look_sql INTO n, last_row, heads USING job_look.from_row, job_look.to_row, 1;
+    END IF;
 END
 $$;
 

@@ -13,7 +13,7 @@ mod vod_tender_crypto {
     use vod_tender_core::Error;
     use vod_tender_core::access::Function;
     use vod_tender_core::provider::{Fault, ProviderError, ProviderFuture, Wait};
-    use vod_tender_core::session::{BulkOperation, BulkTask, Run};
+    use vod_tender_core::session::{BulkOperation, BulkTask, Run, Session};
     use vod_tender_core::sink::Sink;
     use vod_tender_core::stored::{Kind, Value};
 
@@ -21,6 +21,7 @@ mod vod_tender_crypto {
     use crate::backend;
     use crate::bulk_task::Task;
     use crate::errors::{invalid, raise, sqlstate_text};
+    use crate::prefetch::head_of;
     use crate::results::{BytesOut, TextOut, Varlena};
     use crate::row_expression::{self, Purpose};
 
@@ -80,35 +81,25 @@ mod vod_tender_crypto {
     /// literal form. NULL when nothing.
     #[pg_extern(name = "needed_head", stable, parallel_restricted)]
     fn needed_head_text(stored: Option<TextIn<'_>>) -> Option<Vec<u8>> {
-        needed_head(Value::Text(stored?.get()?))
+        head_of(Value::Text(stored?.get()?), Session::needed_head)
     }
 
     /// The same for `bytea`.
     #[pg_extern(name = "needed_head", stable, parallel_restricted)]
     fn needed_head_bytea(stored: Option<&[u8]>) -> Option<Vec<u8>> {
-        needed_head(Value::Bytes(stored?))
+        head_of(Value::Bytes(stored?), Session::needed_head)
     }
 
-    fn needed_head(value: Value<'_>) -> Option<Vec<u8>> {
-        backend::with(Function::Other, value.kind(), |session, run| session.needed_head(run, value))
-            .unwrap_or_else(|error| raise(&error, value.kind()))
-    }
-
-    /// The same, but NULL also for what the session has fetched.
+    /// The same, but NULL also for what the session has fetched, and for what is too long to be fetched with others.
     #[pg_extern(name = "unfetched_head", stable, parallel_restricted)]
     fn unfetched_head_text(stored: Option<TextIn<'_>>) -> Option<Vec<u8>> {
-        unfetched_head(Value::Text(stored?.get()?))
+        head_of(Value::Text(stored?.get()?), Session::unfetched_head)
     }
 
     /// The same for `bytea`.
     #[pg_extern(name = "unfetched_head", stable, parallel_restricted)]
     fn unfetched_head_bytea(stored: Option<&[u8]>) -> Option<Vec<u8>> {
-        unfetched_head(Value::Bytes(stored?))
-    }
-
-    fn unfetched_head(value: Value<'_>) -> Option<Vec<u8>> {
-        backend::with(Function::Other, value.kind(), |session, run| session.unfetched_head(run, value))
-            .unwrap_or_else(|error| raise(&error, value.kind()))
+        head_of(Value::Bytes(stored?), Session::unfetched_head)
     }
 
     /// Fetches from the key service what the next batch of a job needs: DEKs for `needed` values (and when it has to be
@@ -167,7 +158,7 @@ mod vod_tender_crypto {
         if REFUSED.with_borrow(HashMap::is_empty) {
             return None;
         }
-        let head = needed_head(value)?;
+        let head = head_of(value, Session::needed_head)?;
         REFUSED.with_borrow(|refused| refused.get(&head).cloned())
     }
 
@@ -257,7 +248,7 @@ mod vod_tender_crypto {
             return Err(refused(value).unwrap_or_else(|| RETRY.to_owned()));
         }
         if let (BulkOperation::Verify, Error::Service { .. }) = (task.operation, &error)
-            && let Some(head) = needed_head(value)
+            && let Some(head) = head_of(value, Session::needed_head)
         {
             refuse(&head, &error);
         }
@@ -282,9 +273,8 @@ mod vod_tender_crypto {
 
     fn copy(value: Value<'_>) -> Varlena {
         let mut out = Varlena::default();
-        match out.buffer(value.bytes().len()) {
-            Ok(buffer) => buffer.copy_from_slice(value.bytes()),
-            Err(error) => raise(&error, value.kind()),
+        if let Err(error) = out.copied(value.bytes()) {
+            raise(&error, value.kind());
         }
         out
     }

@@ -8,12 +8,14 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use pgrx::{Array, default};
 use vod_tender_core::access::Function;
+use vod_tender_core::session::{Run, Session};
 use vod_tender_core::stored::{Kind, Value};
 
 use crate::arguments::TextIn;
 use crate::backend;
 use crate::errors::{invalid, raise, sqlstate_text};
 use crate::process;
+use crate::wait::Waiter;
 
 /// Fetches the data keys of these values into the session's cache, for `envelope_decrypt` or, with the operation `rewrap`,
 /// for `rewrap` to a key. Gives how many it fetched.
@@ -44,29 +46,22 @@ fn envelope_prefetch_bytea<'a>(
 mod vod_tender_crypto {
     use pgrx::Array;
     use pgrx::prelude::*;
-    use vod_tender_core::access::Function;
+    use vod_tender_core::session::Session;
     use vod_tender_core::stored::Value;
 
     use crate::arguments::TextIn;
-    use crate::backend;
-    use crate::errors::raise;
 
     /// What of a stored value the key service must see, as `needed_head` gives it to jobs: for those who may use a key. NULL
     /// also for what is too long to be fetched ahead.
     #[pg_extern(name = "stored_head", stable, parallel_restricted)]
     fn stored_head_text(stored: Option<TextIn<'_>>) -> Option<Vec<u8>> {
-        stored_head(Value::Text(stored?.get()?))
+        super::head_of(Value::Text(stored?.get()?), Session::fetchable_head)
     }
 
     /// The same for `bytea`.
     #[pg_extern(name = "stored_head", stable, parallel_restricted)]
     fn stored_head_bytea(stored: Option<&[u8]>) -> Option<Vec<u8>> {
-        stored_head(Value::Bytes(stored?))
-    }
-
-    fn stored_head(value: Value<'_>) -> Option<Vec<u8>> {
-        backend::with(Function::Other, value.kind(), |session, run| session.fetchable_head(run, value))
-            .unwrap_or_else(|error| raise(&error, value.kind()))
+        super::head_of(Value::Bytes(stored?), Session::fetchable_head)
     }
 
     /// `envelope_prefetch` for what `stored_head` gave of values: NULL is nothing.
@@ -80,6 +75,17 @@ mod vod_tender_crypto {
         super::fetch(&heads, &operation, &key)
     }
 }
+
+/// What `find` finds of a value that a key service must see. Uses no key.
+pub fn head_of(
+    value: Value<'_>,
+    find: impl FnOnce(&mut Session, &Run<'_, Waiter>, Value<'_>) -> Head,
+) -> Option<Vec<u8>> {
+    let found = backend::with(Function::Other, value.kind(), |session, run| Ok(find(session, run, value)));
+    found.unwrap_or_else(|error| raise(&error, value.kind())).map(|head| head.to_vec())
+}
+
+type Head = Option<Rc<[u8]>>;
 
 /// What the key service must see of the values, each once. What is no envelope, or malformed, needs nothing.
 fn heads<V>(
@@ -95,8 +101,7 @@ fn heads<V>(
         let found = backend::with(Function::Other, kind, |session, run| {
             for each in values.by_ref().take(AT_ONCE) {
                 let Some(value) = value(&each) else { continue };
-                let Some(head) = session.fetchable_head(run, value)? else { continue };
-                let head: Rc<[u8]> = head.into();
+                let Some(head) = session.fetchable_head(run, value) else { continue };
                 if seen.insert(Rc::clone(&head)) {
                     heads.push(head);
                 }
@@ -115,22 +120,26 @@ fn borrowed(heads: &[Rc<[u8]>]) -> Vec<&[u8]> {
 
 fn fetch(heads: &[&[u8]], operation: &Option<TextIn<'_>>, key: &Option<TextIn<'_>>) -> i64 {
     let key = key.as_ref().map(TextIn::as_str);
-    let rewraps = match (operation.as_ref().map(TextIn::as_str), key) {
-        (Some("decrypt"), None) => false,
+    let function = match (operation.as_ref().map(TextIn::as_str), key) {
+        (Some("decrypt"), None) => Function::Prefetch,
         (Some("decrypt"), Some(_)) => invalid("a key is given to prefetch for decrypting", "Values name their keys."),
-        (Some("rewrap"), _) => true,
+        (Some("rewrap"), _) => Function::PrefetchRewraps,
         _ => invalid("unknown operation to prefetch for", "Operations are decrypt and rewrap."),
     };
-    let fetched = backend::with(Function::Prefetch, Kind::Text, |session, run| {
-        let fetched = match rewraps {
-            true => session.prefetch_rewraps(run, key, heads)?,
-            false => session.prefetch(run, heads)?,
+    let fetched = backend::with(function, Kind::Text, |session, run| {
+        let mut refused = Vec::new();
+        let fetched = match function {
+            Function::PrefetchRewraps => session.prefetch_rewraps(run, key, heads, &mut refused),
+            _ => session.prefetch(run, heads, &mut refused),
         };
-        for (admitted, error) in &fetched.refused {
-            run.gate.attempt(*admitted);
-            run.gate.failed(&sqlstate_text(error, Kind::Text), error.key());
+        // What the prefetch itself ended with, if it failed, is noted after these.
+        let ended = run.gate.begin(function);
+        for (admitted, error) in refused {
+            run.gate.attempt(admitted);
+            run.gate.failed(&sqlstate_text(&error, Kind::Text), error.key());
         }
-        Ok(fetched)
+        run.gate.resume(ended);
+        fetched
     });
     let fetched = fetched.unwrap_or_else(|error| raise(&error, Kind::Text));
     if fetched.left_out > 0 {

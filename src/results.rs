@@ -70,7 +70,7 @@ impl Varlena {
     /// What was written.
     pub fn content(&mut self) -> &mut [u8] {
         match self.start {
-            // SAFETY: `buffer` initialised that many bytes behind the header.
+            // SAFETY: `buffer` and `copied` initialised that many bytes behind the header.
             Some(start) => unsafe { std::slice::from_raw_parts_mut(start.as_ptr().add(HEADER), self.length) },
             None => &mut [],
         }
@@ -79,9 +79,8 @@ impl Varlena {
     /// Puts other bytes in place of the content, which is overwritten.
     fn replace(&mut self, bytes: &[u8]) {
         zeroize::Zeroize::zeroize(self.content());
-        match self.buffer(bytes.len()) {
-            Ok(out) => out.copy_from_slice(bytes),
-            Err(error) => raise(&error, Kind::Text),
+        if let Err(error) = self.copied(bytes) {
+            raise(&error, Kind::Text);
         }
     }
 

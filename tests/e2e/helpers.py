@@ -58,3 +58,12 @@ def armor(envelope: bytes, payload_bytes: int) -> str:
     cut = len(envelope) - payload_bytes
     head, body = envelope[:cut], envelope[cut:]
     return f"kms:v2:{base64.b64encode(head).decode()}:{base64.b64encode(body).decode()}"
+
+
+def lengthened(header: bytes, wraps: int = 5) -> bytes:
+    """The header of an envelope with one wrap, and behind that as many more of 4,000 bytes under names of no key."""
+    at = 6 + 2 + int.from_bytes(header[6:8], "big")
+    assert header[at] == 1
+    more = b"".join(bytes([4]) + b"w%03d" % n + (1).to_bytes(2, "big") + b"k" + (4000).to_bytes(2, "big") + bytes(4000)
+                    for n in range(wraps))
+    return header[:at] + bytes([1 + wraps]) + header[at + 1:-32] + more + header[-32:]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import kms_faults as faults
-from helpers import calls, one
+from helpers import binary, calls, lengthened, one
 from jobs import call, job_errors
 from sqlstate import CANCELED, THROTTLED, UNREACHABLE, fails
 from test_interrupts import SLACK, in_background
@@ -211,6 +211,24 @@ def test_one_that_cannot_be_moved_fails_alone(table, kms):
     assert (job.state, job.rows_done, job.rows_failed) == ("done", ROWS - 1, 1)
     assert job_errors(table, job.job) == [({"n": 7}, "v", "39000")]
     assert together(kms)
+
+
+@pytest.mark.parametrize("operation", ["rewrap_table", "downgrade"])
+def test_a_job_takes_very_long_headers_one_by_one(table, kms, operation):
+    """So that a batch of them does not fill the memory."""
+    table.execute("CREATE TABLE b (n int PRIMARY KEY, v bytea)")
+    for n, value in table.execute("SELECT n, v FROM t").fetchall():
+        value = binary(value)
+        header = one(table, "SELECT vod_tender_crypto.stored_head(%s::bytea)", value)
+        longer = lengthened(header) if n % 10 == 0 else header
+        table.execute("INSERT INTO b VALUES (%s, %s)", [n, longer + value[len(header):]])
+    table.execute("SELECT envelope_cache_clear()")
+    kms.reset_record()
+    job = call(table, operation, "b", columns=["v"], **({"key": "next"} if operation == "rewrap_table" else {}))
+    assert (job.state, job.rows_done, job.rows_failed) == ("done", ROWS, 0)
+    asked = {"ReEncrypt": ROWS, "Decrypt": ROWS} if operation == "rewrap_table" else {"Decrypt": ROWS}
+    assert kms.counts == asked and not kms.doubled
+    assert one(table, "SELECT count(*) FROM b WHERE convert_from(envelope_decrypt(v), 'UTF8') = 'value ' || n") == ROWS
 
 
 def test_an_alias_is_asked_once_in_a_job(table, kms):

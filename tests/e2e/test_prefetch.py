@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from psycopg.rows import dict_row
 
 import kms_faults as faults
-from helpers import add_local_key, binary, calls, one
+from helpers import add_local_key, binary, calls, lengthened, one
 from jobs import add_legacy_key
 from roles import People, direct, execute_on_all
 from sqlstate import CANCELED, DENIED, INVALID_PARAMETER, NO_RIGHT, THROTTLED, UNREACHABLE, UNVERIFIED, fails
@@ -336,11 +336,7 @@ def test_headers_that_are_very_long_are_read_and_not_fetched_ahead(made, kms):
     with made.connect() as session:
         value = binary(one(session, "SELECT v FROM t WHERE n = 1"))
         header = one(session, "SELECT vod_tender_crypto.stored_head(%s::bytea)", value)
-        # More wraps behind the one that opens, each under a name that is not configured.
-        at = 6 + 2 + int.from_bytes(header[6:8], "big")
-        wraps = b"".join(bytes([4]) + b"w%03d" % n + (1).to_bytes(2, "big") + b"k" + (4000).to_bytes(2, "big") + bytes(4000)
-                         for n in range(5))
-        longer = header[:at] + bytes([6]) + header[at + 1:-32] + wraps + header[-32:] + value[len(header):]
+        longer = lengthened(header) + value[len(header):]
         assert one(session, "SELECT vod_tender_crypto.stored_head(%s::bytea)", longer) is None
         assert one(session, "SELECT envelope_prefetch(ARRAY[%s::bytea])", longer) == 0
         assert kms.count("Decrypt") == 0
@@ -361,6 +357,33 @@ def test_what_a_service_refused_or_opened_in_vain_is_recorded_too(made, kms):
         assert kms.count("Decrypt") == 2
         records = audited(session)
         assert [(each["outcome"], each["sqlstate"], each["value_count"]) for each in records] == [("failed", "39000", 2)]
+
+
+def test_what_was_refused_is_recorded_beside_an_error(made, kms):
+    with made.connect() as session:
+        session.execute("""SET vod_tender_crypto.audit = 'table'; SET vod_tender_crypto.kms_concurrency = 1;
+                           SET vod_tender_crypto.kms_max_attempts = 1""")
+        values = [value for value, in session.execute("SELECT v FROM t ORDER BY n LIMIT 6").fetchall()]
+        kms.inject(faults.deny(), "Decrypt", times=2)
+        kms.inject(faults.throttle(), "Decrypt")
+        with fails(THROTTLED):
+            one(session, "SELECT envelope_prefetch(%s::text[])", values)
+        assert kms.count("Decrypt") == 3
+        found = [(each["key"], each["outcome"], each["sqlstate"], each["value_count"]) for each in audited(session)]
+        assert sorted(found) == [("main", "failed", DENIED, 2), ("main", "failed", THROTTLED, 1)]
+
+
+def test_a_refused_prefetch_of_rewraps_is_recorded_as_one(made, roles):
+    role = roles.make("mover")
+    execute_on_all(roles, role)
+    roles.admin(f"GRANT SELECT ON t TO {role}")
+    with made.connect() as session:
+        session.execute(f"SET vod_tender_crypto.audit = 'table'; SET ROLE {role}")
+        with fails(NO_RIGHT):
+            one(session, "SELECT envelope_prefetch(array_agg(v), 'rewrap', 'main') FROM t")
+        session.execute("RESET ROLE")
+        found = [(each["operation"], each["key"], each["outcome"], each["sqlstate"]) for each in audited(session)]
+        assert found == [("rewrap", "main", "failed", NO_RIGHT)]
 
 
 def test_what_cannot_be_recorded_is_not_fetched(made, kms):

@@ -92,9 +92,15 @@ impl<H: Hasher> Hasher for LastBytes<H> {
     }
 }
 
+/// Longest head that is remembered, or fetched ahead with many others. Whoever may write rows may write headers of a megabyte
+/// and a half: what is bounded in number is bounded in bytes too, by this for each.
+pub(crate) const MOST_HEAD_BYTES: usize = 16 * 1024;
+
 /// Unwrapped DEKs by header; the one unused for longest goes first.
 pub struct OpenedCache {
     entries: LruCache<Box<[u8]>, Rc<OpenedKey>, ByCommitment>,
+    /// Bytes of their headers.
+    bytes: usize,
     /// Not later than the birth of the oldest entry.
     oldest_ms: u64,
 }
@@ -103,7 +109,7 @@ impl OpenedCache {
     /// An empty cache.
     pub fn new() -> Self {
         let entries = LruCache::unbounded_with_hasher(ByCommitment::default());
-        OpenedCache { entries, oldest_ms: u64::MAX }
+        OpenedCache { entries, bytes: 0, oldest_ms: u64::MAX }
     }
 
     /// The entry for a header, or for a literal form's blob; it may be too old. Flags do not count: one DEK serves with and
@@ -147,6 +153,7 @@ impl OpenedCache {
     /// Drops an entry that is too old.
     pub fn remove(&mut self, header: &[u8], stats: &mut SessionStats) {
         if self.entries.pop(&*name_of(header)).is_some() {
+            self.bytes -= header.len();
             stats.cache_expiries += 1;
         }
     }
@@ -154,7 +161,9 @@ impl OpenedCache {
     /// Keeps an entry, within the limits.
     pub fn put(&mut self, header: &[u8], opened: Rc<OpenedKey>, limits: &Limits, stats: &mut SessionStats) {
         self.oldest_ms = self.oldest_ms.min(opened.born_ms);
-        self.entries.put(name_of(header).into(), opened);
+        if self.entries.put(name_of(header).into(), opened).is_none() {
+            self.bytes += header.len();
+        }
         self.evict(limits, stats);
     }
 
@@ -166,7 +175,7 @@ impl OpenedCache {
         }
         let before = self.entries.len();
         let mut oldest_ms = u64::MAX;
-        self.entries.retain(|_, entry| {
+        self.keep(|entry| {
             let keep = is_young(entry.born_ms, now_ms, limits);
             if keep {
                 oldest_ms = oldest_ms.min(entry.born_ms);
@@ -178,11 +187,12 @@ impl OpenedCache {
         evicted || before > self.entries.len()
     }
 
-    /// Drops what is too much; gives whether anything was.
+    /// Drops what is too much, and keeps one; gives whether anything was dropped.
     fn evict(&mut self, limits: &Limits, stats: &mut SessionStats) -> bool {
         let before = self.entries.len();
-        while self.entries.len() > limits.cache_entries {
-            self.entries.pop_lru();
+        let most_bytes = limits.cache_entries.saturating_mul(MOST_HEAD_BYTES);
+        while self.entries.len() > limits.cache_entries || (self.bytes > most_bytes && self.entries.len() > 1) {
+            self.bytes -= self.entries.pop_lru().map_or(0, |(name, _)| name.len());
             stats.cache_evictions += 1;
         }
         before > self.entries.len()
@@ -190,7 +200,17 @@ impl OpenedCache {
 
     /// Drops what `keyring` no longer allows.
     pub fn retain(&mut self, keyring: &Keyring) {
-        self.entries.retain(|_, entry| entry.kek.still_opens(keyring) && entry.has_owners_of(keyring));
+        self.keep(|entry| entry.kek.still_opens(keyring) && entry.has_owners_of(keyring));
+    }
+
+    /// Drops all other entries.
+    fn keep(&mut self, mut wanted: impl FnMut(&OpenedKey) -> bool) {
+        let bytes = &mut self.bytes;
+        self.entries.retain(|name, entry| {
+            let keep = wanted(entry);
+            *bytes -= if keep { 0 } else { name.len() };
+            keep
+        });
     }
 
     /// Drops everything.

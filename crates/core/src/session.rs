@@ -6,6 +6,7 @@ mod convert;
 mod decrypt;
 mod encrypt;
 mod heads;
+mod legacy;
 mod prefetch;
 mod rewrap;
 mod rewrap_ahead;
@@ -16,7 +17,7 @@ mod together;
 pub use bulk::{BulkOperation, BulkTask};
 pub use decrypt::{ReadAs, Reading};
 pub use encrypt::Sealing;
-pub use prefetch::Prefetched;
+pub use together::{Prefetched, Refusals};
 
 use crate::access::{Admitted, Gate, Privilege, Seen};
 use crate::cache::{OpenedCache, SealingCache};
@@ -207,10 +208,12 @@ impl Session {
         burn_stack();
     }
 
-    /// Gives back the memory of a large value.
+    /// Gives back the memory of a large value, and of a large aad.
     fn trim(&mut self) {
-        if self.sealed.capacity() > KEPT_BYTES {
-            self.sealed = Vec::new();
+        for kept in [&mut self.sealed, &mut self.associated] {
+            if kept.capacity() > KEPT_BYTES {
+                *kept = Vec::new();
+            }
         }
     }
 

@@ -29,8 +29,10 @@ pub enum Function {
     DowngradeJob,
     /// `verify()`, which shows no plaintext.
     Verify,
-    /// `envelope_prefetch()`, which shows none either: it fetches DEKs for those who may use them.
+    /// `envelope_prefetch()`, which shows none either: it fetches DEKs for those who may decrypt with them.
     Prefetch,
+    /// The same for the operation `rewrap`.
+    PrefetchRewraps,
     /// What uses no key.
     Other,
 }
@@ -48,7 +50,7 @@ impl Function {
             Function::RewrapJob => "rewrap_table",
             Function::DowngradeJob => "downgrade",
             Function::Verify => "verify",
-            Function::Prefetch => "envelope_prefetch",
+            Function::Prefetch | Function::PrefetchRewraps => "envelope_prefetch",
             Function::Other => "other",
         }
     }
@@ -57,7 +59,7 @@ impl Function {
     fn privilege(self) -> Privilege {
         match self {
             Function::Encrypt | Function::Upgrade | Function::MigrateJob => Privilege::Encrypt,
-            Function::Rewrap | Function::RewrapJob => Privilege::Rewrap,
+            Function::Rewrap | Function::RewrapJob | Function::PrefetchRewraps => Privilege::Rewrap,
             _ => Privilege::Decrypt,
         }
     }

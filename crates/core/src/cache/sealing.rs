@@ -1,7 +1,6 @@
 //! The DEKs that the session made and encrypts with.
 
 use std::collections::VecDeque;
-use std::num::NonZeroUsize;
 use std::rc::Rc;
 
 use lru::LruCache;
@@ -195,6 +194,16 @@ impl SealingCache {
         usable.map(|key| limits.max_uses.min(DEK_USES_CAP) - key.uses).sum()
     }
 
+    /// Number of keys at hand, for all KEKs and contexts.
+    pub fn len(&self) -> usize {
+        self.entries.iter().map(|(_, ready)| ready.keys.len()).sum()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// The headers of the keys at hand.
     pub fn headers(&mut self, kek: &str, context: &Context) -> Vec<Vec<u8>> {
         self.ready(kek, context).flat_map(|key| key.headers.clone()).collect()
@@ -213,8 +222,7 @@ impl SealingCache {
             ready.keys.push_back(key);
             return;
         }
-        let capacity = NonZeroUsize::new(limits.cache_entries).unwrap_or(NonZeroUsize::MIN);
-        while self.entries.len() >= capacity.get() {
+        while self.entries.len() >= limits.cache_entries.max(1) {
             let evicted = self.entries.pop_lru();
             self.unused += evicted.map_or(0, |(_, ready)| unused(&ready.keys));
         }

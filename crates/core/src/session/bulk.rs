@@ -7,17 +7,18 @@ use zeroize::Zeroizing;
 
 use crate::access::Privilege;
 use crate::armor;
+use crate::cache::MOST_HEAD_BYTES;
 use crate::context::Context;
-use crate::envelope::{Header, MAGIC};
+use crate::envelope::Header;
 use crate::error::{Error, Mismatch, Result};
 use crate::info::StoredUnder;
 use crate::keyring::{Keyring, LEGACY_KEY};
 use crate::policy::{Limits, PlaintextReads};
 use crate::provider::{Wait, WrappedRef};
 use crate::session::decrypt::unwrap_one;
-use crate::session::heads::{Form, MOST_HEAD_BYTES};
-use crate::session::prefetch::{Asked, Outcome};
+use crate::session::heads::Form;
 use crate::session::rewrap_ahead::Destination;
+use crate::session::together::{Asked, Outcome};
 use crate::session::{Reading, Run, Sealing, Session};
 use crate::sink::Sink;
 use crate::stored::{Stored, Value, direct_shape, head};
@@ -65,29 +66,39 @@ pub struct BulkTask<'a> {
 const NOWHERE: &str = "";
 
 /// Headers of new values that were looked at, and whether the key service opened their wrapped DEK. Holds no secret.
-pub(super) struct Assured(LruCache<Box<[u8]>, bool>);
+pub(super) struct Assured {
+    entries: LruCache<Box<[u8]>, bool>,
+    /// Bytes of their names.
+    bytes: usize,
+}
 
 impl Default for Assured {
     fn default() -> Self {
-        Assured(LruCache::unbounded())
+        Assured { entries: LruCache::unbounded(), bytes: 0 }
     }
 }
 
 impl Assured {
     /// Whether a header was looked at, and with `checked` also opened by its key service.
     pub(super) fn knows(&mut self, name: &[u8], checked: bool) -> bool {
-        self.0.get(name).is_some_and(|was_checked| *was_checked || !checked)
+        self.entries.get(name).is_some_and(|was_checked| *was_checked || !checked)
     }
 
     /// Notes a header, in its binary form and in the one that text has.
     pub(super) fn put(&mut self, header: &[u8], checked: bool, limits: &Limits) {
+        // A DEK has two headers and each two names; those that were made ahead must all be known.
+        const NAMES: usize = 4;
+        let most = limits.cache_entries.max(128).saturating_mul(NAMES);
         let armored = armor::armored_head(header);
         for name in [header, armored.trim_end_matches(':').as_bytes()] {
-            // A DEK has two headers and each two names; those that were made ahead must all be known.
-            while self.0.len() >= limits.cache_entries.max(128).saturating_mul(4) {
-                self.0.pop_lru();
+            if self.entries.put(name.into(), checked).is_none() {
+                self.bytes += name.len();
             }
-            self.0.put(name.into(), checked);
+            while self.entries.len() > most
+                || (self.bytes > most.saturating_mul(MOST_HEAD_BYTES) && self.entries.len() > NAMES)
+            {
+                self.bytes -= self.entries.pop_lru().map_or(0, |(name, _)| name.len());
+            }
         }
     }
 }
@@ -202,32 +213,24 @@ impl Session {
 
     /// What of a value a key service must see before it can be opened or rewrapped: what [`Session::prepare_heads`]
     /// takes. `None` for what is not version 2, or malformed.
-    pub fn needed_head<W>(&mut self, run: &Run<'_, W>, value: Value<'_>) -> Result<Option<Vec<u8>>> {
-        Ok(match self.heads.form(value, &run.policy.limits) {
-            Ok(Form::Envelope(known)) => Some(known.header.to_vec()),
-            Ok(Form::Literal(blob)) => Some(blob),
+    pub fn needed_head<W>(&mut self, run: &Run<'_, W>, value: Value<'_>) -> Option<Rc<[u8]>> {
+        match self.heads.form(value, &run.policy.limits) {
+            Ok(Form::Envelope(known)) => Some(known.header),
+            Ok(Form::Literal(blob)) => Some(blob.into()),
             Ok(Form::Other) | Err(_) => None,
-        })
+        }
     }
 
     /// The same for those who fetch many together: `None` also for what is too long to be held with others.
-    pub fn fetchable_head<W>(&mut self, run: &Run<'_, W>, value: Value<'_>) -> Result<Option<Vec<u8>>> {
-        Ok(self.needed_head(run, value)?.filter(|head| head.len() <= MOST_HEAD_BYTES))
+    pub fn fetchable_head<W>(&mut self, run: &Run<'_, W>, value: Value<'_>) -> Option<Rc<[u8]>> {
+        self.needed_head(run, value).filter(|head| head.len() <= MOST_HEAD_BYTES)
     }
 
     /// The same, but `None` also for what was fetched: for those who go over many values under few DEKs.
-    pub fn unfetched_head<W>(&mut self, run: &Run<'_, W>, value: Value<'_>) -> Result<Option<Vec<u8>>> {
-        let limits = &run.policy.limits;
-        let head: Rc<[u8]> = match self.heads.form(value, limits) {
-            Ok(Form::Envelope(known)) => known.header,
-            Ok(Form::Literal(blob)) => blob.into(),
-            Ok(Form::Other) | Err(_) => return Ok(None),
-        };
-        if head.len() > MOST_HEAD_BYTES {
-            return Ok(None);
-        }
-        let opened = self.opened.get_young(&head, self.clock.now_ms(), limits, &mut self.stats);
-        Ok(opened.is_none().then(|| head.to_vec()))
+    pub fn unfetched_head<W>(&mut self, run: &Run<'_, W>, value: Value<'_>) -> Option<Rc<[u8]>> {
+        let head = self.fetchable_head(run, value)?;
+        let opened = self.opened.get_young(&head, self.clock.now_ms(), &run.policy.limits, &mut self.stats);
+        opened.is_none().then_some(head)
     }
 
     /// Has the key services do what the operation needs for all values with these headers (or these literal forms' blobs),
@@ -240,43 +243,25 @@ impl Session {
         heads: &[&[u8]],
     ) -> Result<Vec<(usize, Error)>> {
         let asked = Asked::ByJob;
-        let Outcome { left_out, mut failures, .. } = match task.operation {
-            BulkOperation::Migrate => return Ok(Vec::new()),
-            BulkOperation::Downgrade => self.fetch(&mut run.moving(LEGACY_KEY), asked, heads)?,
-            BulkOperation::Verify => self.fetch(&mut run.moving(NOWHERE), asked, heads)?,
-            BulkOperation::Rewrap => {
-                let to = Destination { key: task.key, asked, check_wraps: task.check_wraps };
-                self.move_ahead(run, to, heads)?
+        let mut failures = Vec::new();
+        let mut places: Vec<usize> = (0..heads.len()).collect();
+        // As many at a time as the session keeps: each round takes one at least.
+        while !places.is_empty() {
+            let part: Vec<_> = places.iter().map(|&place| heads[place]).collect();
+            let mut outcome = Outcome::default();
+            match task.operation {
+                BulkOperation::Migrate => return Ok(failures),
+                BulkOperation::Downgrade => self.fetch(&mut run.moving(LEGACY_KEY), asked, &part, &mut outcome)?,
+                BulkOperation::Verify => self.fetch(&mut run.moving(NOWHERE), asked, &part, &mut outcome)?,
+                BulkOperation::Rewrap => {
+                    let to = Destination { key: task.key, asked, check_wraps: task.check_wraps };
+                    self.move_ahead(run, to, &part, &mut outcome)?;
+                }
             }
-        };
-        for place in left_out {
-            match self.prepare_head(run, task, heads[place]) {
-                Err(error) if error.concerns_one_value(task.target(run.keyring)) => failures.push((place, error)),
-                other => other?,
-            }
+            failures.extend(outcome.failures.into_iter().map(|(at, error)| (places[at], error)));
+            places = outcome.left_out.into_iter().map(|at| places[at]).collect();
         }
         Ok(failures)
-    }
-
-    /// The same for one head.
-    fn prepare_head<W: Wait>(&mut self, run: &mut Run<'_, W>, task: BulkTask<'_>, head: &[u8]) -> Result<()> {
-        let is_header = head.starts_with(&MAGIC);
-        if is_header {
-            Header::parse(head)?;
-        }
-        match task.operation {
-            BulkOperation::Migrate => Ok(()),
-            BulkOperation::Downgrade | BulkOperation::Verify => {
-                let to = if task.operation == BulkOperation::Verify { NOWHERE } else { LEGACY_KEY };
-                let run = &mut run.moving(to);
-                if is_header { self.opened_key(run, head).map(drop) } else { self.opened_literal(run, head).map(drop) }
-            }
-            BulkOperation::Rewrap if is_header => match self.rewrapped_header(run, task.key, head)? {
-                Some((fresh, _)) => self.assure_header(run, task, &fresh).inspect_err(|_| self.rewraps.clear()),
-                None => Ok(()),
-            },
-            BulkOperation::Rewrap => Err(Error::NotRewrappable),
-        }
     }
 
     /// Name of the KEK that encrypts, if it can be used with this context.

@@ -9,14 +9,14 @@ use crate::armor;
 use crate::cache::{KekIdentity, OpenedKey, is_young};
 use crate::context::Context;
 use crate::envelope::{FLAG_AAD, FLAGS_AT, Header, Payload, Wrap, bound_prefix};
-use crate::error::{Error, Malformed, Mismatch, Result};
-use crate::keyring::{Kek, LEGACY_KEY};
-use crate::policy::PlaintextReads;
+use crate::error::{Error, Mismatch, Result};
+use crate::keyring::Kek;
 use crate::provider::{Wait, WrappedRef};
 use crate::seal::{Derived, ExpandedKey};
-use crate::session::{Purpose, Run, Session, bind};
+use crate::session::legacy::Plain;
+use crate::session::{KEPT_BYTES, Purpose, Run, Session, bind};
 use crate::sink::Sink;
-use crate::stored::{Kind, Stored, Value, direct_shape, head};
+use crate::stored::{Kind, Stored, Value, head};
 
 /// What the caller says about the value to read.
 #[derive(Debug, Clone, Copy, Default)]
@@ -134,74 +134,6 @@ impl Session {
         Ok(ReadAs::Envelope)
     }
 
-    /// The version of a value, found without a key service: 0, 1 or 2.
-    pub fn version<W>(&self, run: &Run<'_, W>, value: Value<'_>) -> Result<i32> {
-        let Stored::Other(value) = Stored::parse(value)? else {
-            return Ok(2);
-        };
-        let sealed = match direct_shape(value) {
-            Err(Error::Malformed(_)) => return Ok(0),
-            shape => shape?,
-        };
-        match run.keyring.legacy()? {
-            Some(keys) => keys.opens(Payload::parse(&sealed)?).map(i32::from),
-            None => Ok(0),
-        }
-    }
-
-    /// Reads a value that is not version 2.
-    pub(super) fn read_other<W>(
-        &mut self,
-        run: &mut Run<'_, W>,
-        value: Value<'_>,
-        version: Option<i32>,
-        plain: Plain,
-        sink: &mut dyn Sink,
-    ) -> Result<ReadAs> {
-        // The legacy application stores empties as they are, whatever version their row states.
-        if value.bytes().is_empty() {
-            return copy(value.bytes(), sink).map(|()| ReadAs::Plaintext);
-        }
-        match version {
-            Some(2) => Err(Malformed("not an envelope").into()),
-            Some(1) => {
-                let sealed = direct_shape(value)?;
-                self.open_direct(run, &sealed, value.kind(), sink)
-            }
-            Some(_) => read_plaintext(run, value, plain, sink),
-            None => {
-                if let (Some(_), Ok(sealed)) = (run.keyring.legacy()?, direct_shape(value)) {
-                    match self.open_direct(run, &sealed, value.kind(), sink) {
-                        Err(Error::Unverified(Mismatch::Legacy)) => {}
-                        other => return other,
-                    }
-                }
-                read_plaintext(run, value, Plain::ByPolicy, sink)
-            }
-        }
-    }
-
-    fn open_direct<W>(
-        &mut self,
-        run: &mut Run<'_, W>,
-        sealed: &[u8],
-        kind: Kind,
-        sink: &mut dyn Sink,
-    ) -> Result<ReadAs> {
-        let keys = run.keyring.legacy_required()?;
-        let none = Context::empty();
-        watch(run, sealed, LEGACY_KEY, &none);
-        let payload = Payload::parse(sealed)?;
-        let out = sink.buffer(payload.ciphertext.len())?;
-        keys.open(payload, out)?;
-        // Only now is it known that the key is used: what looks like ciphertext may be plaintext.
-        let admitted = run.admit_opening(&self.legacy_opened, LEGACY_KEY, &[], &none).inspect_err(|_| out.zeroize())?;
-        check_text(kind, out)?;
-        run.gate.done(admitted);
-        self.stats.values_decrypted += 1;
-        Ok(ReadAs::Direct)
-    }
-
     fn open_envelope(
         &mut self,
         opened: &OpenedKey,
@@ -222,7 +154,12 @@ impl Session {
             "" => prefix,
             _ => bind(&mut self.associated, prefix, aad)?,
         };
-        self.stats.values_decrypted += open_payload(&opened.key, associated, payload, kind, sink)?;
+        let was_opened = open_payload(&opened.key, associated, payload, kind, sink);
+        if aad.len() > KEPT_BYTES {
+            self.trim();
+        }
+        was_opened?;
+        self.stats.values_decrypted += 1;
         Ok(())
     }
 
@@ -235,7 +172,8 @@ impl Session {
         sink: &mut dyn Sink,
     ) -> Result<()> {
         check_expected(&opened.context, reading.context)?;
-        self.stats.values_decrypted += open_payload(&opened.key, &[], payload, kind, sink)?;
+        open_payload(&opened.key, &[], payload, kind, sink)?;
+        self.stats.values_decrypted += 1;
         Ok(())
     }
 
@@ -340,14 +278,13 @@ impl Session {
     }
 }
 
-/// Opens a payload in the sink's memory; gives how many values that were: one.
+/// Opens a payload in the sink's memory.
 #[inline]
-fn open_payload(key: &ExpandedKey, associated: &[u8], payload: &[u8], kind: Kind, sink: &mut dyn Sink) -> Result<u64> {
+fn open_payload(key: &ExpandedKey, associated: &[u8], payload: &[u8], kind: Kind, sink: &mut dyn Sink) -> Result<()> {
     let payload = Payload::parse(payload)?;
     let out = sink.copied(payload.ciphertext)?;
     key.open(payload.nonce, associated, out, payload.tag).map_err(|_| Error::Unverified(Mismatch::Payload))?;
-    check_text(kind, out)?;
-    Ok(1)
+    check_text(kind, out)
 }
 
 /// Raises the alarm when an envelope is watched.
@@ -361,17 +298,10 @@ fn watch_envelope<W>(run: &mut Run<'_, W>, header: &[u8], payload: &[u8]) -> Res
 }
 
 /// Raises the alarm when a value is watched: also when it will not open, because nobody has a reason to ask for it.
-fn watch<W>(run: &mut Run<'_, W>, payload: &[u8], key: &str, context: &Context) {
+pub(super) fn watch<W>(run: &mut Run<'_, W>, payload: &[u8], key: &str, context: &Context) {
     if run.keyring.honey.has(payload) && run.gate.shows_plaintext() && !matches!(run.purpose, Purpose::Check) {
         run.gate.alarm(key, context);
     }
-}
-
-/// Whether plaintext is read by the policy, or because the caller converts it and stated version 0.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Plain {
-    ByPolicy,
-    Stated,
 }
 
 /// Unwraps a DEK through one KEK and checks it against the header's commitment.
@@ -390,10 +320,15 @@ pub(super) fn unwrap_one<W: Wait>(
 /// The configured KEK of that name, if it may open an envelope with this context.
 pub(super) fn usable_kek<'a, W>(run: &Run<'a, W>, key_name: &str, context: &Context) -> Result<&'a Kek> {
     let kek = run.keyring.for_decrypting(key_name)?;
-    if kek.requires_context && !context.includes(&kek.context) {
-        return Err(Error::Unverified(Mismatch::KeyContext));
-    }
+    check_kek_context(kek, context)?;
     Ok(kek)
+}
+
+pub(super) fn check_kek_context(kek: &Kek, context: &Context) -> Result<()> {
+    match kek.requires_context && !context.includes(&kek.context) {
+        true => Err(Error::Unverified(Mismatch::KeyContext)),
+        false => Ok(()),
+    }
 }
 
 /// Of two failures the one that helps more: a key that was asked tells more than one that is not for the caller, and
@@ -425,24 +360,13 @@ fn check_expected(own: &Context, expected: Option<&Context>) -> Result<()> {
 }
 
 /// A `text` result must be text: what is not is overwritten and refused.
-fn check_text(kind: Kind, out: &mut [u8]) -> Result<()> {
+pub(super) fn check_text(kind: Kind, out: &mut [u8]) -> Result<()> {
     // Most text is ASCII, and for that alone the check is the faster one.
     if kind == Kind::Text && (!out.is_ascii() && std::str::from_utf8(out).is_err() || out.contains(&0)) {
         out.zeroize();
         return Err(Error::NotText);
     }
     Ok(())
-}
-
-fn read_plaintext<W>(run: &Run<'_, W>, value: Value<'_>, plain: Plain, sink: &mut dyn Sink) -> Result<ReadAs> {
-    let read_as = match (plain, run.policy.plaintext_reads) {
-        (Plain::Stated, _) | (_, PlaintextReads::Allow) => ReadAs::Plaintext,
-        (_, PlaintextReads::Warn) => ReadAs::PlaintextWithWarning,
-        (_, PlaintextReads::Refuse) if direct_shape(value).is_ok() => return Err(Error::DirectOrPlaintextRefused),
-        (_, PlaintextReads::Refuse) => return Err(Error::PlaintextRefused),
-    };
-    copy(value.bytes(), sink)?;
-    Ok(read_as)
 }
 
 pub(super) fn copy(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {

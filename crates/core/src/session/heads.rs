@@ -5,15 +5,11 @@ use std::rc::Rc;
 use lru::LruCache;
 
 use crate::armor;
-use crate::cache::ByCommitment;
+use crate::cache::{ByCommitment, MOST_HEAD_BYTES};
 use crate::envelope::{Header, Payload, Wrap};
 use crate::error::Result;
 use crate::policy::Limits;
 use crate::stored::{Stored, Value, head};
-
-/// Longest head that is remembered, or fetched ahead with many others. Whoever may write rows may write headers of a megabyte
-/// and a half, and memory is bounded by their number.
-pub(super) const MOST_HEAD_BYTES: usize = 16 * 1024;
 
 /// A wrap's key name and KEK id.
 pub(super) type Under = (String, String);

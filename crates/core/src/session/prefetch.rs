@@ -14,79 +14,43 @@ use crate::error::{Error, Mismatch, Result};
 use crate::keyring::Kek;
 use crate::provider::{ProviderError, Wait, WrappedRef};
 use crate::seal::{Derived, ExpandedKey};
-use crate::session::decrypt::{more_telling, usable_kek};
-use crate::session::together::{Down, Lanes, together};
+use crate::session::decrypt::{check_kek_context, more_telling};
+use crate::session::together::{Asked, Down, Failed, Group, Outcome, Prefetched, Refusals, lanes, round, together};
 use crate::session::{Run, Session};
-
-/// What a prefetch did.
-#[derive(Debug)]
-pub struct Prefetched {
-    /// DEKs that were fetched.
-    pub deks: u64,
-    /// Headers whose DEKs were not, because the session keeps no more than [`crate::policy::Limits::cache_entries`].
-    pub left_out: u64,
-    /// What services refused about single values, and the use of a key that this was. Whoever prefetches notes it, for
-    /// nobody may come to read those values.
-    pub refused: Vec<(Admitted, Error)>,
-}
-
-/// What calls that were made together brought.
-#[derive(Default)]
-pub(super) struct Outcome {
-    pub deks: u64,
-    /// Places of the heads that there was no room for.
-    pub left_out: Vec<usize>,
-    /// What is wrong with single heads, by place.
-    pub failures: Vec<(usize, Error)>,
-    /// Those of them that a service was called for.
-    refused: Vec<(Admitted, Error)>,
-}
-
-impl Outcome {
-    pub(super) fn fail(&mut self, places: &[usize], error: &Error) {
-        self.failures.extend(places.iter().map(|&place| (place, error.clone())));
-    }
-
-    /// Notes a failure that a service was called for.
-    pub(super) fn refuse(&mut self, places: &[usize], admitted: Admitted, error: &Error) {
-        self.fail(places, error);
-        self.refused.push((admitted, error.clone()));
-    }
-
-    pub(super) fn prefetched(self) -> Prefetched {
-        Prefetched { deks: self.deks, left_out: self.left_out.len() as u64, refused: self.refused }
-    }
-}
-
-/// Whom calls are made for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Asked {
-    /// A caller who asks for nothing else: each DEK counts as one use of its key, and nothing is asked of a service when
-    /// one of the keys is not for the caller.
-    ByCaller,
-    /// A job, which counts the values it converts, and to which each head is one of many.
-    ByJob,
-}
 
 impl Session {
     /// Fetches the DEKs that values with these headers (or these blobs of the literal form; see [`Session::needed_head`])
     /// need to be decrypted: each distinct wrapped DEK once, many at a time. What is at hand is not asked for again, and
-    /// what a service refuses about a single value is left for whoever reads that value.
-    pub fn prefetch<W: Wait>(&mut self, run: &mut Run<'_, W>, heads: &[&[u8]]) -> Result<Prefetched> {
-        self.fetch(run, Asked::ByCaller, heads).map(Outcome::prefetched)
+    /// what a service refuses about a single value is left for whoever reads that value; `refused` gets it, also beside an
+    /// error, for whoever prefetches to note: nobody may come to read those values.
+    pub fn prefetch<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        heads: &[&[u8]],
+        refused: &mut Refusals,
+    ) -> Result<Prefetched> {
+        let mut outcome = Outcome::default();
+        let fetched = self.fetch(run, Asked::ByCaller, heads, &mut outcome);
+        refused.append(&mut outcome.refused);
+        fetched.map(|()| outcome.prefetched())
     }
 
     /// The same, and what failed. An error is about more than one of the heads.
-    pub(super) fn fetch<W: Wait>(&mut self, run: &mut Run<'_, W>, asked: Asked, heads: &[&[u8]]) -> Result<Outcome> {
-        let mut outcome = Outcome::default();
-        let mut wanted = self.wanted(run, asked, heads, &mut outcome)?;
+    pub(super) fn fetch<W: Wait>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        asked: Asked,
+        heads: &[&[u8]],
+        outcome: &mut Outcome,
+    ) -> Result<()> {
+        let mut wanted = self.wanted(run, asked, heads, outcome)?;
         let down = Down::default();
         // A round for each wrap that has to be tried: most envelopes have one.
         while !wanted.is_empty() {
-            let failed = self.fetch_round(run, asked, &down, wanted, &mut outcome)?;
+            let failed = self.fetch_round(run, asked, &down, wanted, outcome)?;
             wanted = Vec::new();
-            for Failed { head, admitted, error } in failed {
-                match head.through_another_wrap(run, error) {
+            for Failed { head, admitted, failure } in failed {
+                match head.through_another_wrap(run, failure) {
                     Ok(head) => wanted.push(head),
                     Err((places, error)) if error.concerns_one_value(None) => outcome.refuse(&places, admitted, &error),
                     Err((_, error)) => {
@@ -96,7 +60,7 @@ impl Session {
                 }
             }
         }
-        Ok(outcome)
+        Ok(())
     }
 
     /// The heads whose DEKs are not at hand, and that the caller may have: asked before anything is called.
@@ -140,7 +104,7 @@ impl Session {
             }
         }
         // More would push out what was fetched before it is used.
-        let room = limits.cache_entries.saturating_sub(at_hand).min(wanted.len());
+        let room = limits.cache_entries.max(1).saturating_sub(at_hand).min(wanted.len());
         outcome.left_out.extend(wanted.drain(room..).flat_map(|head| head.places));
         Ok(wanted)
     }
@@ -153,20 +117,19 @@ impl Session {
         down: &Down,
         wanted: Vec<Wanted<'h, 'k>>,
         outcome: &mut Outcome,
-    ) -> Result<Vec<Failed<'h, 'k>>> {
-        let mut lanes = lanes(wanted);
-        for group in lanes.jobs() {
+    ) -> Result<Vec<Failed<Wanted<'h, 'k>, Error>>> {
+        let mut lanes = lanes(wanted, Wanted::call, || Admitted::CHECK);
+        for group in lanes.iter_mut().flatten() {
             let head = &group.heads[0];
-            group.admitted = run.admit_opening(&Seen::default(), &head.kek.name, &head.owners, &head.context)?;
+            group.with = run.admit_opening(&Seen::default(), &head.kek.name, &head.owners, &head.context)?;
         }
-        let lanes = lanes.into_inner();
         let Some(first) = lanes.first().map(|lane| lane[0].heads[0].kek) else { return Ok(Vec::new()) };
         let (limits, concurrency) = (run.policy.limits, run.policy.concurrency);
         let Session { opened, clock, stats, .. } = self;
         let Run { wait, gate, .. } = run;
         let (mut failed, mut stopped_by) = (Vec::new(), None);
-        let answered = |group: Group<'h, 'k>, answer: std::result::Result<Dek, ProviderError>| {
-            let Group { heads, admitted } = group;
+        let answered = |group: Group<Wanted<'h, 'k>, Admitted>, answer: std::result::Result<Dek, ProviderError>| {
+            let Group { heads, with: admitted } = group;
             let failures = match answer {
                 Ok(dek) => {
                     let (keys, others) = opened_keys(heads, dek, clock.now_ms());
@@ -177,8 +140,8 @@ impl Session {
                         }
                     }
                     keys.into_iter().for_each(|(head, key)| opened.put(head, Rc::new(key), &limits, stats));
-                    let error = Error::Unverified(Mismatch::Commitment);
-                    others.into_iter().map(|head| Failed { head, admitted, error: error.clone() }).collect()
+                    let failure = Error::Unverified(Mismatch::Commitment);
+                    others.into_iter().map(|head| Failed { head, admitted, failure: failure.clone() }).collect()
                 }
                 Err(source) => {
                     let kek = &heads[0].kek.name;
@@ -189,13 +152,14 @@ impl Session {
                             stopped_by.get_or_insert((admitted, error.clone()));
                         }
                     }
-                    heads.into_iter().map(|head| Failed { head, admitted, error: error.clone() }).collect::<Vec<_>>()
+                    let of = |head| Failed { head, admitted, failure: error.clone() };
+                    heads.into_iter().map(of).collect::<Vec<_>>()
                 }
             };
             failed.extend(failures);
             if stopped_by.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
-        let ask = async |group: &Group<'h, 'k>| {
+        let ask = async |group: &Group<Wanted<'h, 'k>, Admitted>| {
             let head = &group.heads[0];
             match down.of(&head.kek.name) {
                 Some((_, failure)) => Err(failure),
@@ -207,13 +171,11 @@ impl Session {
             Ok(())
         }));
         made.map_err(|source| Error::Service { key: first.name.clone(), source })?;
-        match stopped_by {
-            Some((admitted, error)) => {
-                run.gate.attempt(admitted);
-                Err(error)
+        round(failed, stopped_by, run.gate, |Failed { head, admitted, failure }| {
+            if failure.concerns_one_value(None) {
+                outcome.refuse(&head.places, admitted, &failure);
             }
-            None => Ok(failed),
-        }
+        })
     }
 }
 
@@ -231,18 +193,6 @@ struct Wanted<'h, 'k> {
     failure: Option<Error>,
 }
 
-/// Heads that one answer opens.
-struct Group<'h, 'k> {
-    heads: Vec<Wanted<'h, 'k>>,
-    admitted: Admitted,
-}
-
-struct Failed<'h, 'k> {
-    head: Wanted<'h, 'k>,
-    admitted: Admitted,
-    error: Error,
-}
-
 impl<'h, 'k> Wanted<'h, 'k> {
     fn new<W>(run: &Run<'k, W>, place: usize, head: &'h [u8]) -> Result<Self> {
         let places = vec![place];
@@ -254,7 +204,7 @@ impl<'h, 'k> Wanted<'h, 'k> {
         }
         let header = Header::parse(head)?;
         let mut failure = None;
-        let (at, kek, owners) = open_wrap(run, &header, 0, &mut failure)?;
+        let (at, kek, owners) = next_wrap(run, &header, 0, &mut failure)?;
         let context = header.context.clone();
         Ok(Wanted { places, head, header: Some(header), at, kek, owners, context, failure })
     }
@@ -267,7 +217,7 @@ impl<'h, 'k> Wanted<'h, 'k> {
     ) -> std::result::Result<Self, (Vec<usize>, Error)> {
         let Some(header) = &self.header else { return Err((self.places, error)) };
         self.failure = Some(more_telling(self.failure.take(), error));
-        match open_wrap(run, header, self.at + 1, &mut self.failure) {
+        match next_wrap(run, header, self.at + 1, &mut self.failure) {
             Ok((at, kek, owners)) => Ok(Wanted { at, kek, owners, ..self }),
             Err(error) => Err((self.places, error)),
         }
@@ -287,6 +237,12 @@ impl<'h, 'k> Wanted<'h, 'k> {
         self.header.as_ref().map(|header| &header.wraps[self.at])
     }
 
+    /// What its call depends on: the wrapped DEK, and under which KEK and context it is.
+    fn call(&self) -> (&'h [u8], (&'k str, Option<&'h str>, Context)) {
+        let WrappedRef { kek_id, bytes } = self.wrapped();
+        (bytes, (self.kek.name.as_str(), kek_id, self.context.clone()))
+    }
+
     fn wrapped(&self) -> WrappedRef<'h> {
         match self.wrap() {
             Some(wrap) => WrappedRef { kek_id: Some(wrap.kek_id), bytes: wrap.wrapped_dek },
@@ -296,7 +252,7 @@ impl<'h, 'k> Wanted<'h, 'k> {
 }
 
 /// The first wrap from `from` on through which the caller may open a DEK.
-fn open_wrap<'k, W>(
+fn next_wrap<'k, W>(
     run: &Run<'k, W>,
     header: &Header<'_>,
     from: usize,
@@ -315,26 +271,8 @@ fn may_open<'k, W>(run: &Run<'k, W>, wrap: &Wrap<'_>, context: &Context) -> Resu
     let kek = run.keyring.for_decrypting(wrap.key_name)?;
     let owners = run.keyring.owners(kek, wrap.kek_id, context);
     run.require_opening(&kek.name, &owners)?;
-    usable_kek(run, wrap.key_name, context).map(|kek| (kek, owners))
-}
-
-/// One call for each distinct wrapped DEK under one KEK and context; in one lane what differs in those only.
-fn lanes<'h, 'k>(wanted: Vec<Wanted<'h, 'k>>) -> Lanes<&'h [u8], Group<'h, 'k>> {
-    let mut lanes: Lanes<&[u8], Group<'_, '_>> = Lanes::new();
-    let mut groups: HashMap<_, usize> = HashMap::new();
-    for head in wanted {
-        let WrappedRef { kek_id, bytes } = head.wrapped();
-        let lane = lanes.lane(bytes);
-        let name = (bytes, head.kek.name.as_str(), kek_id, head.context.clone());
-        match groups.get(&name) {
-            Some(&at) => lane[at].heads.push(head),
-            None => {
-                groups.insert(name, lane.len());
-                lane.push(Group { heads: vec![head], admitted: Admitted::CHECK });
-            }
-        }
-    }
-    lanes
+    check_kek_context(kek, context)?;
+    Ok((kek, owners))
 }
 
 /// What a DEK opens, and the heads that do not commit to it.

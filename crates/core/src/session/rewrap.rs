@@ -1,7 +1,6 @@
 //! Rewrapping: the same payload, its DEK under another KEK or the newest version of its own.
 
 use std::collections::HashMap;
-use std::num::NonZeroUsize;
 
 use lru::LruCache;
 
@@ -254,12 +253,16 @@ impl RewrapMemo {
     }
 
     pub(super) fn put(&mut self, target: &str, name: Box<[u8]>, fresh: &WrappedDek, now_ms: u64, limits: &Limits) {
-        let capacity = NonZeroUsize::new(limits.cache_entries).unwrap_or(NonZeroUsize::MIN);
-        while self.moved.len() >= capacity.get() {
+        while self.moved.len() >= limits.cache_entries.max(1) {
             self.moved.pop_lru();
         }
         self.moved.put(name, (fresh.clone(), now_ms));
         self.note_newest(target, &fresh.kek_id, now_ms);
+    }
+
+    /// Forgets what a wrap was moved to.
+    pub(super) fn remove(&mut self, name: &[u8]) {
+        self.moved.pop(name);
     }
 
     /// What a move is remembered by: all that its answer depends on. What was seen to hold the DEK that a header commits to

@@ -1,6 +1,7 @@
 //! Rewrapping many DEKs together: what single rewraps need afterwards is at hand then.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::Hash;
 use std::ops::ControlFlow;
 
 use crate::access::{Admitted, Privilege};
@@ -10,9 +11,8 @@ use crate::keyring::Kek;
 use crate::provider::{Wait, WrappedDek, WrappedRef};
 use crate::seal::Derived;
 use crate::session::decrypt::more_telling;
-use crate::session::prefetch::{Asked, Outcome, Prefetched};
 use crate::session::rewrap::{Moving, RewrapMemo, is_passing, order, renewed, source};
-use crate::session::together::{Down, Lanes, together};
+use crate::session::together::{Asked, Down, Failed, Group, Outcome, Prefetched, Refusals, lanes, round, together};
 use crate::session::{Run, Session};
 
 /// Where DEKs go.
@@ -27,15 +27,20 @@ pub(super) struct Destination<'a> {
 
 impl Session {
     /// Has the key service put the DEKs of these headers under the KEK `key`, each distinct wrapped DEK once, many at a
-    /// time, so that [`Session::rewrap`] of values with these headers calls nothing.
+    /// time, so that [`Session::rewrap`] of values with these headers calls nothing. `refused` is as in
+    /// [`Session::prefetch`].
     pub fn prefetch_rewraps<W: Wait>(
         &mut self,
         run: &mut Run<'_, W>,
         key: Option<&str>,
         heads: &[&[u8]],
+        refused: &mut Refusals,
     ) -> Result<Prefetched> {
         let to = Destination { key, asked: Asked::ByCaller, check_wraps: false };
-        self.move_ahead(run, to, heads).map(Outcome::prefetched)
+        let mut outcome = Outcome::default();
+        let moved = self.move_ahead(run, to, heads, &mut outcome);
+        refused.append(&mut outcome.refused);
+        moved.map(|()| outcome.prefetched())
     }
 
     /// The same, and what failed. An error is about more than one of the heads.
@@ -44,20 +49,19 @@ impl Session {
         run: &mut Run<'_, W>,
         to: Destination<'_>,
         heads: &[&[u8]],
-    ) -> Result<Outcome> {
+        outcome: &mut Outcome,
+    ) -> Result<()> {
         let target = run.keyring.for_encrypting(to.key)?;
-        let mut outcome = Outcome::default();
-        let mut due = self.due(run, target, to, heads, &mut outcome)?;
+        let mut due = self.due(run, target, to, heads, outcome)?;
         let down = Down::default();
         if !self.knows_newest(run, target) && due.len() > 1 {
             // One alone: its answer tells what is up to date.
             let others = due.split_off(1);
-            self.move_all(run, target, to, &down, due, &mut outcome)?;
+            self.move_all(run, target, to, &down, due, outcome)?;
             due = others;
             due.retain(|head| !self.is_up_to_date(run, target, head));
         }
-        self.move_all(run, target, to, &down, due, &mut outcome)?;
-        Ok(outcome)
+        self.move_all(run, target, to, &down, due, outcome)
     }
 
     fn knows_newest<W>(&self, run: &Run<'_, W>, target: &Kek) -> bool {
@@ -95,7 +99,7 @@ impl Session {
             }
         }
         // More would push out what was learned before it is used.
-        let room = run.policy.limits.cache_entries.min(due.len());
+        let room = run.policy.limits.cache_entries.max(1).min(due.len());
         outcome.left_out.extend(due.drain(room..).flat_map(|head| head.places));
         Ok(due)
     }
@@ -138,34 +142,37 @@ impl Session {
         down: &Down,
         due: Vec<Due<'h, 'k>>,
         outcome: &mut Outcome,
-    ) -> Result<Vec<Failed<'h, 'k>>> {
+    ) -> Result<Vec<Failed<Due<'h, 'k>, Failure>>> {
         let (limits, concurrency) = (run.policy.limits, run.policy.concurrency);
-        let mut lanes = lanes(due);
-        lanes.retain(|group| !self.is_at_hand(run, target, to, group));
-        for group in lanes.jobs() {
-            let head = &group.heads[0];
-            let context = &head.header.context;
-            group.to = run.gate.admit_anew(Privilege::Rewrap, &target.name, context)?;
-            group.from = run.gate.admit_anew(Privilege::Rewrap, &head.source.name, context)?;
+        let mut lanes = lanes(due, Due::call, Move::default);
+        lanes.iter_mut().for_each(|lane| lane.retain_mut(|group| !self.is_at_hand(run, target, to, group)));
+        for Group { heads, with } in lanes.iter_mut().flatten() {
+            let context = &heads[0].header.context;
+            with.to = run.gate.admit_anew(Privilege::Rewrap, &target.name, context)?;
+            with.from = run.gate.admit_anew(Privilege::Rewrap, &heads[0].source.name, context)?;
         }
         let Session { rewraps, assured, clock, .. } = self;
         let Run { wait, gate, .. } = run;
         let (mut failed, mut stopped_by) = (Vec::new(), None);
-        let answered = |group: Group<'h, 'k>, answer: std::result::Result<WrappedDek, Failure>| {
+        let answered = |group: Group<Due<'h, 'k>, Move>, answer: std::result::Result<WrappedDek, Failure>| {
+            let Group { heads, with } = group;
+            let head = &heads[0];
             let failure = match answer {
                 Ok(fresh) => {
-                    let head = &group.heads[0];
-                    rewraps.put(&target.name, head.moved_name(target), &fresh, clock.now_ms(), &limits);
+                    // What was known says nothing of what is up to date now.
+                    if with.known.is_none() {
+                        rewraps.put(&target.name, head.moved_name(target), &fresh, clock.now_ms(), &limits);
+                    }
                     if !head.is_renewed_by(&fresh) {
                         return ControlFlow::Continue(());
                     }
                     outcome.deks += 1;
                     if to.asked == Asked::ByCaller {
-                        gate.done(group.to);
-                        (head.own != Some(head.at)).then(|| gate.done(group.from));
+                        gate.done(with.to);
+                        (head.own != Some(head.at)).then(|| gate.done(with.from));
                         return ControlFlow::Continue(());
                     }
-                    for head in &group.heads {
+                    for head in &heads {
                         match head.renewed(target, &fresh) {
                             Ok(header) => assured.put(&header, to.check_wraps, &limits),
                             Err(error) => outcome.fail(&head.places, &error),
@@ -175,34 +182,35 @@ impl Session {
                 }
                 Err(failure) => failure,
             };
+            if with.known.is_some() {
+                rewraps.remove(&head.moved_name(target));
+            }
             if !failure.error().concerns_one_value(Some(&target.name)) {
                 if let Error::Service { key, source } = failure.error() {
-                    down.note(&group.heads[0].source.name, key, source);
+                    down.note(&head.source.name, key, source);
                 }
-                if group.heads.iter().any(|head| head.ends_with(&failure)) {
-                    stopped_by.get_or_insert((group.from, failure.error().clone()));
+                if heads.iter().any(|head| head.ends_with(&failure)) {
+                    stopped_by.get_or_insert((with.from, failure.error().clone()));
                 }
             }
-            let of = |head| Failed { head, admitted: group.from, failure: failure.clone() };
-            failed.extend(group.heads.into_iter().map(of));
+            let of = |head| Failed { head, admitted: with.from, failure: failure.clone() };
+            failed.extend(heads.into_iter().map(of));
             if stopped_by.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
-        let ask = async |group: &Group<'h, 'k>| match down.of(&group.heads[0].source.name) {
+        let ask = async |group: &Group<Due<'h, 'k>, Move>| match down.of(&group.heads[0].source.name) {
             Some((key, source)) => Err(Failure::OfWrap(Error::Service { key, source })),
             None => group.moved(target, to.check_wraps).await,
         };
         let made = wait.wait(Box::pin(async {
-            together(lanes.into_inner(), concurrency, ask, answered).await;
+            together(lanes, concurrency, ask, answered).await;
             Ok(())
         }));
         made.map_err(|source| Error::Service { key: target.name.clone(), source })?;
-        match stopped_by {
-            Some((admitted, error)) => {
-                run.gate.attempt(admitted);
-                Err(error)
+        round(failed, stopped_by, run.gate, |Failed { head, admitted, failure }| {
+            if failure.error().concerns_one_value(Some(&target.name)) {
+                outcome.refuse(&head.places, admitted, failure.error());
             }
-            None => Ok(failed),
-        }
+        })
     }
 
     /// Whether nothing has to be called for a group any more.
@@ -211,7 +219,7 @@ impl Session {
         run: &Run<'_, W>,
         target: &Kek,
         to: Destination<'_>,
-        group: &mut Group<'_, '_>,
+        group: &mut Group<Due<'_, '_>, Move>,
     ) -> bool {
         let head = &group.heads[0];
         let (now, limits) = (self.clock.now_ms(), run.policy.limits);
@@ -223,7 +231,7 @@ impl Session {
             renewed.is_ok_and(|header| self.assured.knows(&header, to.check_wraps))
         };
         let is_at_hand = !to.check_wraps || group.heads.iter().all(knows);
-        group.known = Some(known.clone());
+        group.with.known = Some(known.clone());
         is_at_hand
     }
 }
@@ -242,19 +250,18 @@ struct Due<'h, 'k> {
     failure: Option<Error>,
 }
 
-/// Heads that one answer serves.
-struct Group<'h, 'k> {
-    heads: Vec<Due<'h, 'k>>,
+/// What goes with heads whose DEK one call moves.
+struct Move {
     /// What the DEK was moved to before.
     known: Option<WrappedDek>,
     to: Admitted,
     from: Admitted,
 }
 
-struct Failed<'h, 'k> {
-    head: Due<'h, 'k>,
-    admitted: Admitted,
-    failure: Failure,
+impl Default for Move {
+    fn default() -> Self {
+        Move { known: None, to: Admitted::CHECK, from: Admitted::CHECK }
+    }
 }
 
 /// How a move failed.
@@ -322,6 +329,14 @@ impl<'h, 'k> Due<'h, 'k> {
         &self.header.wraps[self.at]
     }
 
+    /// What its call depends on: the wrapped DEK, under which KEK and context it is, and what it must be seen to be.
+    fn call(&self) -> (&'h [u8], impl Hash + Eq + use<'h, 'k>) {
+        let Wrap { kek_id, wrapped_dek, .. } = *self.wrap();
+        let Header { context, commitment, .. } = &self.header;
+        let must_check = self.commitment().is_some();
+        (wrapped_dek, (self.source.name.as_str(), kek_id, *commitment, must_check, context.clone()))
+    }
+
     /// What the DEK must be seen to fit: a wrap that replaces another one must hold the payload's DEK.
     fn moved_name(&self, target: &Kek) -> Box<[u8]> {
         RewrapMemo::name(&target.name, self.wrap(), &self.header.context, self.commitment())
@@ -356,12 +371,12 @@ fn next_source<'k, W>(
     Err(failure.take().expect("a header has at least one wrap"))
 }
 
-impl Group<'_, '_> {
+impl Group<Due<'_, '_>, Move> {
     /// Calls the service: to move the DEK, and on demand to open what came of that.
     async fn moved(&self, target: &Kek, check_wraps: bool) -> std::result::Result<WrappedDek, Failure> {
         let head = &self.heads[0];
         let Header { context, commitment, .. } = &head.header;
-        let fresh = match &self.known {
+        let fresh = match &self.with.known {
             Some(known) => known.clone(),
             None => {
                 let (wrap, source, must_check) = (head.wrap(), head.source, head.commitment().is_some());
@@ -379,25 +394,4 @@ impl Group<'_, '_> {
         }
         Ok(fresh)
     }
-}
-
-/// One call for each distinct wrapped DEK that is to be moved; in one lane what differs in the rest only.
-fn lanes<'h, 'k>(due: Vec<Due<'h, 'k>>) -> Lanes<&'h [u8], Group<'h, 'k>> {
-    let mut lanes: Lanes<&[u8], Group<'_, '_>> = Lanes::new();
-    let mut groups: HashMap<_, usize> = HashMap::new();
-    for head in due {
-        let Wrap { kek_id, wrapped_dek, .. } = *head.wrap();
-        let lane = lanes.lane(wrapped_dek);
-        let Header { context, commitment, .. } = &head.header;
-        let must_check = head.commitment().is_some();
-        let name = (wrapped_dek, head.source.name.as_str(), kek_id, *commitment, must_check, context.clone());
-        match groups.get(&name) {
-            Some(&at) => lane[at].heads.push(head),
-            None => {
-                groups.insert(name, lane.len());
-                lane.push(Group { heads: vec![head], known: None, to: Admitted::CHECK, from: Admitted::CHECK });
-            }
-        }
-    }
-    lanes
 }

@@ -8,70 +8,141 @@ use std::ops::ControlFlow;
 use futures_util::StreamExt;
 use futures_util::stream;
 
+use crate::access::{Admitted, Gate};
+use crate::error::{Error, Result};
 use crate::provider::ProviderError;
 
-/// What is to be asked, in lanes: the calls of one lane are made one after the other.
-pub(super) struct Lanes<N, J> {
-    lanes: Vec<Vec<J>>,
-    by_name: HashMap<N, usize>,
+/// What a prefetch did.
+#[derive(Debug)]
+pub struct Prefetched {
+    /// DEKs that were fetched.
+    pub deks: u64,
+    /// Headers whose DEKs were not, because the session keeps no more than [`crate::policy::Limits::cache_entries`].
+    pub left_out: u64,
 }
 
-impl<N: Hash + Eq, J> Lanes<N, J> {
-    pub(super) fn new() -> Self {
-        Lanes { lanes: Vec::new(), by_name: HashMap::new() }
+/// What services refused about single values, and the use of a key that each was.
+pub type Refusals = Vec<(Admitted, Error)>;
+
+/// Whom calls are made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Asked {
+    /// A caller who asks for nothing else: each DEK counts as one use of its key, and nothing is asked of a service when
+    /// one of the keys is not for the caller.
+    ByCaller,
+    /// A job, which counts the values it converts, and to which each head is one of many.
+    ByJob,
+}
+
+/// What calls that were made together brought.
+#[derive(Default)]
+pub(super) struct Outcome {
+    pub deks: u64,
+    /// Places of the heads that there was no room for.
+    pub left_out: Vec<usize>,
+    /// What is wrong with single heads, by place.
+    pub failures: Vec<(usize, Error)>,
+    /// Those of them that a service was called for.
+    pub refused: Refusals,
+}
+
+impl Outcome {
+    pub(super) fn fail(&mut self, places: &[usize], error: &Error) {
+        self.failures.extend(places.iter().map(|&place| (place, error.clone())));
     }
 
-    /// The lane of that name. A wrapped DEK is one: of it no two calls are under way at a time.
-    pub(super) fn lane(&mut self, name: N) -> &mut Vec<J> {
-        let at = *self.by_name.entry(name).or_insert_with(|| {
-            self.lanes.push(Vec::new());
-            self.lanes.len() - 1
+    /// Notes a failure that a service was called for.
+    pub(super) fn refuse(&mut self, places: &[usize], admitted: Admitted, error: &Error) {
+        self.fail(places, error);
+        self.refused.push((admitted, error.clone()));
+    }
+
+    pub(super) fn prefetched(&self) -> Prefetched {
+        Prefetched { deks: self.deks, left_out: self.left_out.len() as u64 }
+    }
+}
+
+/// Heads that one call serves, and what goes with them.
+pub(super) struct Group<H, X> {
+    pub heads: Vec<H>,
+    pub with: X,
+}
+
+/// Groups of heads in lanes: the calls of one lane are made one after the other.
+pub(super) type Lanes<H, X> = Vec<Vec<Group<H, X>>>;
+
+/// Sorts heads by the wrapped DEK that each needs, and by what else its call depends on. A wrapped DEK is a lane: of it no two
+/// calls are under way at a time.
+pub(super) fn lanes<'h, H, N: Hash + Eq, X>(
+    heads: Vec<H>,
+    name: impl Fn(&H) -> (&'h [u8], N),
+    with: impl Fn() -> X,
+) -> Lanes<H, X> {
+    let mut lanes: Lanes<H, X> = Vec::new();
+    let mut by_wrapped_dek: HashMap<&[u8], usize> = HashMap::new();
+    let mut by_name: HashMap<(&[u8], N), usize> = HashMap::new();
+    for head in heads {
+        let name = name(&head);
+        let at = *by_wrapped_dek.entry(name.0).or_insert_with(|| {
+            lanes.push(Vec::new());
+            lanes.len() - 1
         });
-        &mut self.lanes[at]
+        let lane = &mut lanes[at];
+        let group = *by_name.entry(name).or_insert_with(|| {
+            lane.push(Group { heads: Vec::new(), with: with() });
+            lane.len() - 1
+        });
+        lane[group].heads.push(head);
     }
-
-    /// Drops the jobs that need no call.
-    pub(super) fn retain(&mut self, mut wanted: impl FnMut(&mut J) -> bool) {
-        self.lanes.iter_mut().for_each(|lane| lane.retain_mut(&mut wanted));
-    }
-
-    pub(super) fn jobs(&mut self) -> impl Iterator<Item = &mut J> {
-        self.lanes.iter_mut().flatten()
-    }
-
-    pub(super) fn into_inner(self) -> Vec<Vec<J>> {
-        self.lanes
-    }
+    lanes
 }
 
-/// Asks, with at most `concurrency` calls under way. `answered` takes each answer soon after it arrives, so that what came
-/// stays when the wait is interrupted. Once it says so no further call begins, and those under way come to their end:
-/// what they bring was asked for, and is paid for.
+/// Asks, with at most `concurrency` calls under way. `answered` takes each answer when it arrives, so that what came stays when
+/// the wait is interrupted. Once it says so no further call begins, and those under way come to their end: what they bring
+/// was asked for, and is paid for.
 pub(super) async fn together<J, A>(
     lanes: Vec<Vec<J>>,
     concurrency: usize,
     ask: impl AsyncFn(&J) -> A,
-    mut answered: impl FnMut(J, A) -> ControlFlow<()>,
+    answered: impl FnMut(J, A) -> ControlFlow<()>,
 ) {
-    let (ask, stopped) = (&ask, &Cell::new(false));
+    let (ask, answered, stopped) = (&ask, &RefCell::new(answered), &Cell::new(false));
     let lanes = lanes.into_iter().map(|lane| async move {
-        let mut answers = Vec::with_capacity(lane.len());
         for job in lane {
             if stopped.get() {
                 break;
             }
             let answer = ask(&job).await;
-            answers.push((job, answer));
-        }
-        answers
-    });
-    let mut answers = stream::iter(lanes).buffer_unordered(concurrency.max(1));
-    while let Some(answers) = answers.next().await {
-        for (job, answer) in answers {
-            if answered(job, answer).is_break() {
+            if (answered.borrow_mut())(job, answer).is_break() {
                 stopped.set(true);
             }
         }
+    });
+    stream::iter(lanes).buffer_unordered(concurrency.max(1)).collect::<()>().await;
+}
+
+/// How one head's call failed.
+pub(super) struct Failed<H, F> {
+    pub head: H,
+    pub admitted: Admitted,
+    pub failure: F,
+}
+
+/// What came of a round of calls: the heads whose calls failed, unless one of the failures ends the round. Then what is wrong
+/// with single heads is noted, and the error is about the use of a key that it ends.
+pub(super) fn round<H, F>(
+    failed: Vec<Failed<H, F>>,
+    stopped_by: Option<(Admitted, Error)>,
+    gate: &mut Gate,
+    mut note: impl FnMut(Failed<H, F>),
+) -> Result<Vec<Failed<H, F>>> {
+    match stopped_by {
+        Some((admitted, error)) => {
+            failed.into_iter().for_each(&mut note);
+            gate.attempt(admitted);
+            Err(error)
+        }
+        None => Ok(failed),
     }
 }
 

@@ -147,3 +147,17 @@ fn the_cache_bounds_a_group_too() {
     world.policy.limits.cache_entries = 3;
     assert_eq!(groups(&world.made_for(10)), [1, 1, 2, 3, 3]);
 }
+
+#[test]
+fn many_contexts_together_are_bounded() {
+    let mut world = fresh_for_each();
+    world.policy.limits.cache_entries = 20;
+    for _ in 0..10 {
+        for tenant in 0..15 {
+            let context = Context::from_json(&format!(r#"{{"tenant":"{tenant}"}}"#)).unwrap();
+            world.encrypt("x", Sealing { context: Some(&context), ..Sealing::default() }).unwrap();
+            let at_hand = world.session.sealing.len();
+            assert!(at_hand <= 20 + 1, "{at_hand} keys at hand");
+        }
+    }
+}

@@ -33,7 +33,7 @@ impl World {
 
     fn prepare(&mut self, operation: BulkOperation, value: &str) -> Result<()> {
         let (session, mut run) = self.split();
-        let head = session.needed_head(&run, Value::Text(value))?.unwrap();
+        let head = session.needed_head(&run, Value::Text(value)).unwrap();
         match session.prepare_heads(&mut run, task(operation), &[&head])?.pop() {
             Some((_, failure)) => Err(failure),
             None => Ok(()),
@@ -151,7 +151,7 @@ fn what_was_prepared_needs_no_call() {
         world.add(&name, &format!("id-{moves}"), "{}", moves, true);
         let rewrap = BulkTask { key: Some(&name), ..task(BulkOperation::Rewrap) };
         let (session, mut run) = world.split();
-        let head = session.needed_head(&run, Value::Text(&envelope)).unwrap().unwrap();
+        let head = session.needed_head(&run, Value::Text(&envelope)).unwrap();
         assert!(session.prepare_heads(&mut run, rewrap, &[&head]).unwrap().is_empty());
         let prepared = world.calls();
         assert!(prepared > before);

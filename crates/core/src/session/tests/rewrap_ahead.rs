@@ -1,28 +1,12 @@
 //! DEKs that are moved to another KEK together: each once, checked where a job wants that, and for who may move them.
 
 use super::prefetch::counts;
-use super::world::World;
+use super::world::{World, heads, with_wraps};
 use super::*;
 use crate::access::{Function, Privilege::*};
 use crate::envelope::Wrap;
 use crate::provider::Fault;
 use crate::session::{BulkOperation, BulkTask, Prefetched};
-
-/// So many values under `key`, each under a DEK of its own.
-fn made(world: &mut World, count: usize, key: &str) -> Vec<Vec<u8>> {
-    world.policy.concurrency = 4;
-    let limits = std::mem::replace(&mut world.policy.limits.max_uses, 1);
-    let sealing = Sealing { key: Some(key), ..Sealing::default() };
-    let values = (0..count).map(|n| world.encrypt_bytes(&[n as u8], sealing).unwrap()).collect();
-    world.policy.limits.max_uses = limits;
-    world.session.begin_statement();
-    world.service.peak.set(0);
-    values
-}
-
-fn heads(values: &[Vec<u8>]) -> Vec<&[u8]> {
-    values.iter().map(|value| Envelope::parse(value).unwrap().header.bytes).collect()
-}
 
 fn job(key: &str) -> BulkTask<'_> {
     BulkTask { operation: BulkOperation::Rewrap, key: Some(key), context: None, check_wraps: true }
@@ -31,7 +15,7 @@ fn job(key: &str) -> BulkTask<'_> {
 impl World {
     fn move_ahead(&mut self, values: &[Vec<u8>], key: &str) -> Result<Prefetched> {
         let (session, mut run) = self.split();
-        session.prefetch_rewraps(&mut run, Some(key), &heads(values))
+        session.prefetch_rewraps(&mut run, Some(key), &heads(values), &mut Vec::new())
     }
 
     fn prepare_rewraps(&mut self, values: &[Vec<u8>], key: &str) -> Result<Vec<(usize, Error)>> {
@@ -59,7 +43,7 @@ fn each_distinct_dek_is_moved_once_and_many_at_a_time() {
     for moves in [true, false] {
         let mut world = World::new();
         world.add("next", "id-2", "{}", moves, true);
-        let values = made(&mut world, 30, "main");
+        let values = world.made(30, "main");
         let twice = [values.clone(), values.clone()].concat();
         assert_eq!(world.move_ahead(&twice, "next").map(counts).unwrap(), (30, 0));
         let calls = if moves { [30, 0, 0] } else { [0, 30, 30] };
@@ -79,7 +63,7 @@ fn a_job_has_each_new_wrap_opened_by_its_service() {
     for moves in [true, false] {
         let mut world = World::new();
         world.add("next", "id-2", "{}", moves, true);
-        let values = made(&mut world, 20, "main");
+        let values = world.made(20, "main");
         world.service.deks.borrow_mut().remove(&b"wrapped 7"[..]).unwrap();
         let failures = world.prepare_rewraps(&values, "next").unwrap();
         assert!(matches!(failures[..], [(7, Error::Service { .. })]), "{failures:?}");
@@ -101,7 +85,7 @@ fn a_job_has_each_new_wrap_opened_by_its_service() {
 fn what_the_service_opens_to_something_else_is_not_kept() {
     let mut world = World::new();
     world.add("next", "id-2", "{}", true, true);
-    let values = made(&mut world, 3, "main");
+    let values = world.made(3, "main");
     world.service.swaps.set(true);
     let failures = world.prepare_rewraps(&values, "next").unwrap();
     assert_eq!(failures.len(), 3);
@@ -115,9 +99,9 @@ fn what_the_service_opens_to_something_else_is_not_kept() {
 fn with_an_alias_one_goes_first_and_tells_what_is_up_to_date() {
     let mut world = World::new();
     let alias = world.add("alias", "id-5", "{}", true, false);
-    let mut values = made(&mut world, 5, "alias");
+    let mut values = world.made(5, "alias");
     *alias.id.borrow_mut() = "id-6".into();
-    let newer = made(&mut world, 5, "alias");
+    let newer = world.made(5, "alias");
     values.extend_from_slice(&newer);
     // The fake service finds DEKs by the id that they were wrapped under, as AWS KMS does.
     assert_eq!(world.move_ahead(&values, "alias").map(counts).unwrap(), (5, 0));
@@ -132,7 +116,7 @@ fn with_an_alias_one_goes_first_and_tells_what_is_up_to_date() {
 fn what_a_job_asks_at_its_beginning_need_not_be_asked_again() {
     let mut world = World::new();
     world.add("alias", "id-5", "{}", true, false);
-    let values = made(&mut world, 3, "alias");
+    let values = world.made(3, "alias");
     let (session, mut run) = world.split();
     let (_, newest) = session.newest_kek_id(&mut run, Some("alias")).unwrap();
     assert_eq!(newest.as_deref(), Some("id-5"));
@@ -144,7 +128,7 @@ fn what_a_job_asks_at_its_beginning_need_not_be_asked_again() {
 fn who_may_not_move_is_refused_before_anything_is_called() {
     let mut world = World::new();
     world.add("next", "id-2", "{}", true, true);
-    let values = made(&mut world, 3, "main");
+    let values = world.made(3, "main");
     for granted in [
         &[("main", Rewrap)][..],
         &[("next", Rewrap)],
@@ -157,7 +141,7 @@ fn who_may_not_move_is_refused_before_anything_is_called() {
     assert_eq!(world.move_calls(), [0, 0, 0]);
     world.enter(2, &[("main", Rewrap), ("next", Rewrap)]);
     world.gate.take();
-    world.gate.begin(Function::Prefetch);
+    world.gate.begin(Function::PrefetchRewraps);
     assert_eq!(world.move_ahead(&values, "next").unwrap().deks, 3);
     let uses: Vec<_> =
         world.gate.take().into_iter().map(|(used, tally)| (used.key, used.privilege, tally.values)).collect();
@@ -168,7 +152,7 @@ fn who_may_not_move_is_refused_before_anything_is_called() {
 fn a_service_that_is_down_is_asked_no_further() {
     let mut world = World::new();
     world.add("next", "id-2", "{}", true, true);
-    let values = made(&mut world, 40, "main");
+    let values = world.made(40, "main");
     world.service.fails_after.set(Some((10, Fault::Throttled)));
     let error = world.move_ahead(&values, "next").unwrap_err();
     assert!(matches!(error, Error::Service { source, .. } if source.fault == Fault::Throttled));
@@ -181,13 +165,13 @@ fn a_service_that_is_down_is_asked_no_further() {
 fn no_more_is_moved_than_is_remembered() {
     let mut world = World::new();
     world.add("next", "id-2", "{}", true, true);
-    let values = made(&mut world, 10, "main");
+    let values = world.made(10, "main");
     world.policy.limits.cache_entries = 8;
     assert_eq!(world.move_ahead(&values, "next").map(counts).unwrap(), (8, 2));
     world.rewraps_all(&values[..8], "next");
     assert_eq!(world.service.moved.get(), 8);
     world.fresh_session();
-    assert!(world.prepare_rewraps(&values, "next").unwrap().is_empty(), "a job moves the rest one after the other");
+    assert!(world.prepare_rewraps(&values, "next").unwrap().is_empty(), "a job moves the rest too");
     assert_eq!(world.service.moved.get(), 18);
 }
 
@@ -196,14 +180,11 @@ fn other_wraps_serve_where_the_first_does_not() {
     let mut world = World::new();
     world.add("next", "id-2", "{}", true, true);
     world.add("twin", "id-1", "{}", true, true);
-    let values = made(&mut world, 6, "main");
+    let values = world.made(6, "main");
     let two: Vec<_> = values
         .iter()
         .map(|value| {
-            let header = Envelope::parse(value).unwrap().header;
-            let broken = Wrap { key_name: "twin", wrapped_dek: b"nothing", ..header.wraps[0] };
-            let wraps = [broken, header.wraps[0]];
-            [header.with_wraps(&wraps).unwrap(), value[header.bytes.len()..].to_vec()].concat()
+            with_wraps(value, |wraps| wraps.insert(0, Wrap { key_name: "twin", wrapped_dek: b"nothing", ..wraps[0] }))
         })
         .collect();
     assert_eq!(world.move_ahead(&two, "next").unwrap().deks, 6);
@@ -216,19 +197,46 @@ fn other_wraps_serve_where_the_first_does_not() {
 fn a_wrap_of_its_own_that_cannot_be_reached_now_is_not_replaced() {
     let mut world = World::new();
     let alias = world.add("alias", "id-5", "{}", true, false);
-    let values = made(&mut world, 3, "alias");
-    let other: Vec<_> = made(&mut world, 3, "main");
+    let values = world.made(3, "alias");
+    let other: Vec<_> = world.made(3, "main");
     let two: Vec<_> = values
         .iter()
         .zip(&other)
-        .map(|(value, other)| {
-            let header = Envelope::parse(value).unwrap().header;
-            let wraps = [header.wraps[0], Envelope::parse(other).unwrap().header.wraps[0]];
-            [header.with_wraps(&wraps).unwrap(), value[header.bytes.len()..].to_vec()].concat()
-        })
+        .map(|(value, other)| with_wraps(value, |wraps| wraps.push(Envelope::parse(other).unwrap().header.wraps[0])))
         .collect();
     *alias.id.borrow_mut() = "id-6".into();
     world.service.failing.borrow_mut().insert("id-6".into(), Fault::Denied);
     assert!(matches!(world.move_ahead(&two, "alias"), Err(Error::Service { key, .. }) if key == "alias"));
     assert_eq!(world.move_calls(), [1, 0, 0], "only its own wrap was tried");
+}
+
+#[test]
+fn what_was_known_of_an_alias_grows_no_younger_by_being_checked() {
+    let mut world = World::new();
+    let alias = world.add("alias", "id-5", "{}", true, false);
+    let values = world.made(3, "main");
+    assert_eq!(world.move_ahead(&values, "alias").unwrap().deks, 3);
+    *alias.id.borrow_mut() = "id-6".into();
+    let age = world.policy.limits.max_age_ms;
+    world.time.set(world.time.get() + age - 1);
+    // A job only checks what is known.
+    assert!(world.prepare_rewraps(&values, "alias").unwrap().is_empty());
+    assert_eq!(world.service.moved.get(), 3);
+    world.time.set(world.time.get() + 1);
+    assert_eq!(world.move_ahead(&values, "alias").unwrap().deks, 3, "it is asked again");
+    assert_eq!(world.service.moved.get(), 6);
+}
+
+#[test]
+fn a_wrap_that_fails_its_check_is_forgotten() {
+    let mut world = World::new();
+    world.add("next", "id-2", "{}", true, true);
+    let values = world.made(3, "main");
+    world.move_ahead(&values, "next").unwrap();
+    let lost = format!("wrapped {}", 3 + 1).into_bytes();
+    world.service.deks.borrow_mut().remove(&lost).unwrap();
+    let failures = world.prepare_rewraps(&values, "next").unwrap();
+    assert!(matches!(failures[..], [(_, Error::Service { .. })]), "{failures:?}");
+    assert!(world.prepare_rewraps(&values, "next").unwrap().is_empty(), "it was moved again");
+    assert_eq!(world.service.moved.get(), 4);
 }

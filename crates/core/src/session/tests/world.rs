@@ -11,6 +11,7 @@ use crate::access::{Gate, Privilege, Rights};
 use crate::armor;
 use crate::context::Context;
 use crate::dek::Dek;
+use crate::envelope::{Envelope, Wrap};
 use crate::error::Result;
 use crate::keyring::{Kek, KeyState, Keyring, Legacy};
 use crate::legacy::LegacyKeys;
@@ -132,7 +133,8 @@ impl FakeKek {
         }
         match self.service.deks.borrow().get(wrapped.bytes) {
             Some((_, bound, _)) if self.service.swaps.get() && bound == context => Ok([7; 32]),
-            Some((dek, bound, id)) if bound == context && wrapped.kek_id == Some(id) => Ok(*dek),
+            // The literal form names no id.
+            Some((dek, bound, id)) if bound == context && wrapped.kek_id.is_none_or(|named| named == id) => Ok(*dek),
             _ => Err(ProviderError::new(Fault::Unverified, "no such wrapped DEK")),
         }
     }
@@ -205,6 +207,22 @@ impl KeyProvider for FakeKek {
     }
 }
 
+pub(super) fn head(value: &[u8]) -> &[u8] {
+    Envelope::parse(value).unwrap().header.bytes
+}
+
+pub(super) fn heads(values: &[Vec<u8>]) -> Vec<&[u8]> {
+    values.iter().map(|value| head(value)).collect()
+}
+
+/// The value with other wraps.
+pub(super) fn with_wraps<'a>(value: &'a [u8], change: impl FnOnce(&mut Vec<Wrap<'a>>)) -> Vec<u8> {
+    let header = Envelope::parse(value).unwrap().header;
+    let mut wraps = header.wraps.clone();
+    change(&mut wraps);
+    [header.with_wraps(&wraps).unwrap(), value[header.bytes.len()..].to_vec()].concat()
+}
+
 pub(super) struct World {
     pub(super) service: Rc<Service>,
     pub(super) keyring: Keyring,
@@ -254,6 +272,18 @@ impl World {
         let mut rights = Rights::default();
         granted.iter().for_each(|(key, privilege)| rights.grant(key, *privilege));
         self.gate.enter(party, Rc::new(rights));
+    }
+
+    /// So many values under `key`, each under a DEK of its own.
+    pub(super) fn made(&mut self, count: usize, key: &str) -> Vec<Vec<u8>> {
+        self.policy.concurrency = 4;
+        let limits = std::mem::replace(&mut self.policy.limits.max_uses, 1);
+        let sealing = Sealing { key: Some(key), ..Sealing::default() };
+        let values = (0..count).map(|n| self.encrypt_bytes(&[n as u8], sealing).unwrap()).collect();
+        self.policy.limits.max_uses = limits;
+        self.session.begin_statement();
+        self.service.peak.set(0);
+        values
     }
 
     pub(super) fn fresh_session(&mut self) {

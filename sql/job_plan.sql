@@ -179,7 +179,8 @@ DECLARE
     aad text;
     stored text;
     arguments text;
-    head_items text := ''; heads text; new_items text := ''; fine text; kek_ids text; same text; errors text := ''; error_rows text;
+    long_head CONSTANT integer := 16384;
+    head_items text := ''; heads text; long_heads text; new_items text := ''; fine text; kek_ids text; same text; errors text := ''; error_rows text;
 BEGIN
     SELECT b.items, array_to_string(b.checks, ' AND ') INTO set_items, same
     FROM vod_tender_crypto.bookkeeping(plan_job.j, plan_job.relation) b;
@@ -207,7 +208,8 @@ BEGIN
         head_items := head_items || format(', vod_tender_crypto.needed_head(%s) AS h%s', stored, col.at);
         -- A header may have a megabyte and a half. A long one is fetched when its row is the only one of a batch.
         heads := concat_ws(' || ', heads, format('array_agg(DISTINCT b.h%1$s) FILTER (WHERE $3 = 1 OR octet_length(b.h%1$s) <= %2$s)',
-            col.at, 16384));
+            col.at, long_head));
+        long_heads := concat_ws(' OR ', long_heads, format('bool_or(octet_length(b.h%s) > %s)', col.at, long_head));
         new_items := new_items || format(', vod_tender_crypto.convert_value(%1$s) AS n%2$s, %3$s IS NULL AS z%2$s, %4$s AS a%2$s',
             arguments, col.at, stored, CASE WHEN guarded THEN aad ELSE 'NULL::text' END);
         fine := concat_ws(' AND ', fine, format('(l.z%1$s OR l.n%1$s IS NOT NULL)', col.at));
@@ -223,10 +225,11 @@ BEGIN
     END LOOP;
 
     plan.look_sql := format(
-        'SELECT count(*), max(b.tid), %s
+        'SELECT count(*), max(b.tid), %s, %s
          FROM (SELECT t.ctid AS tid%s FROM ONLY %s t
                WHERE t.ctid >= $1 AND t.ctid < $2 AND %s ORDER BY t.ctid LIMIT $3) b',
-        CASE WHEN needs_heads THEN heads ELSE 'NULL::bytea[]' END, CASE WHEN needs_heads THEN head_items ELSE '' END,
+        CASE WHEN needs_heads THEN heads ELSE 'NULL::bytea[]' END, CASE WHEN needs_heads THEN long_heads ELSE 'false' END,
+        CASE WHEN needs_heads THEN head_items ELSE '' END,
         table_name, due);
     plan.lock_sql := format(
         'SELECT array_agg(b.tid) FROM (SELECT t.ctid AS tid FROM ONLY %s t

@@ -62,6 +62,7 @@ DECLARE
     relation_blocks bigint;
     blocks bigint;
     -- The batch.
+    most_headers CONSTANT integer := 8192;
     rows_fit integer;
     most_rows integer;
     behind pg_catalog.tid;
@@ -146,6 +147,10 @@ BEGIN
                 END IF;
                 behind := format('(%s,0)', vod_tender_crypto.block_of(j.next_row) + blocks)::tid;
                 most_rows := least(rows_fit, j.max_rows_per_second);
+                IF j.operation <> 'migrate' THEN
+                    -- Their headers are gathered, and have up to 16 KB each.
+                    most_rows := least(most_rows, most_headers / plan.columns);
+                END IF;
                 looked := vod_tender_crypto.job_look(plan, j.next_row, behind, most_rows);
                 IF cardinality(looked.heads) > greatest(current_setting('vod_tender_crypto.dek_cache_entries')::integer / 2, 1)
                    AND most_rows > 1 THEN

@@ -163,11 +163,14 @@ CREATE FUNCTION vod_tender_crypto.job_look(
     LANGUAGE plpgsql VOLATILE
     SET search_path = pg_catalog, pg_temp
 AS $$
+DECLARE
+    -- Whether a header is too long to be gathered with others.
+    left_out boolean;
 BEGIN
-    EXECUTE (job_look.plan).look_sql INTO n, last_row, heads USING job_look.from_row, job_look.to_row, job_look.most_rows;
-    IF n = 1 AND job_look.most_rows > 1 THEN
-        -- Its header may be one of those that are long.
-        EXECUTE (job_look.plan).look_sql INTO n, last_row, heads USING job_look.from_row, job_look.to_row, 1;
+    EXECUTE (job_look.plan).look_sql INTO n, last_row, heads, left_out
+        USING job_look.from_row, job_look.to_row, job_look.most_rows;
+    IF n = 1 AND left_out THEN
+        EXECUTE (job_look.plan).look_sql INTO n, last_row, heads, left_out USING job_look.from_row, job_look.to_row, 1;
     END IF;
 END
 $$;

@@ -65,6 +65,8 @@ BEGIN
             blocks := least(blocks * 2, most_blocks);
         END LOOP;
     END LOOP;
+    -- What was refused is not kept any longer.
+    PERFORM vod_tender_crypto.prepare_batch(vod_tender_crypto.job_task(j, false), NULL, 0, 0);
     RAISE NOTICE '%: % values do not open', j.target, unopened;
 END
 $$;

@@ -14,9 +14,11 @@ use std::time::{Duration, Instant};
 
 use pgrx::pg_sys;
 use vod_tender_core::access::{Gate, Journal, Tally, Use};
+use vod_tender_core::stored::Kind;
 use vod_tender_core::{Error, Result};
 
 use crate::callers::Callers;
+use crate::errors::sqlstate_text;
 use crate::server_log::{self, Level};
 use crate::settings::{self, AuditMode};
 use crate::{backend, process};
@@ -39,6 +41,10 @@ pub struct Audit {
 pub struct Announcer(pub Rc<RefCell<Audit>>);
 
 impl Journal for Announcer {
+    fn sqlstate(&self, error: &Error) -> String {
+        sqlstate_text(error, Kind::Text)
+    }
+
     fn announce(&mut self, used: &Use) -> Result<Option<u64>> {
         if !settings::audit_required() {
             return Ok(None);

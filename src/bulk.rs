@@ -12,7 +12,7 @@ mod vod_tender_crypto {
     use pgrx::prelude::*;
     use vod_tender_core::Error;
     use vod_tender_core::access::Function;
-    use vod_tender_core::provider::{Fault, ProviderError, ProviderFuture, Wait};
+    use vod_tender_core::provider::NoCalls;
     use vod_tender_core::session::{BulkOperation, BulkTask, Run, Session};
     use vod_tender_core::sink::Sink;
     use vod_tender_core::stored::{Kind, Value};
@@ -248,7 +248,7 @@ mod vod_tender_crypto {
             return Err(refused(value).unwrap_or_else(|| RETRY.to_owned()));
         }
         if let (BulkOperation::Verify, Error::Service { .. }) = (task.operation, &error)
-            && let Some(head) = head_of(value, Session::needed_head)
+            && let Some(head) = head_of(value, Session::fetchable_head)
         {
             refuse(&head, &error);
         }
@@ -256,19 +256,6 @@ mod vod_tender_crypto {
             raise(&error, value.kind())
         }
         Err(sqlstate_text(&error, value.kind()))
-    }
-
-    /// Answers every call by failing: what a job needs while rows are locked must have been fetched before.
-    #[derive(Default)]
-    struct NoCalls {
-        was_asked: bool,
-    }
-
-    impl Wait for NoCalls {
-        fn wait<T>(&mut self, _future: ProviderFuture<'_, T>) -> std::result::Result<T, ProviderError> {
-            self.was_asked = true;
-            Err(ProviderError::new(Fault::Unreachable, "not fetched before the rows were locked"))
-        }
     }
 
     fn copy(value: Value<'_>) -> Varlena {

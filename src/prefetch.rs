@@ -13,7 +13,7 @@ use vod_tender_core::stored::{Kind, Value};
 
 use crate::arguments::TextIn;
 use crate::backend;
-use crate::errors::{invalid, raise, sqlstate_text};
+use crate::errors::{invalid, raise};
 use crate::process;
 use crate::wait::Waiter;
 
@@ -126,20 +126,9 @@ fn fetch(heads: &[&[u8]], operation: &Option<TextIn<'_>>, key: &Option<TextIn<'_
         (Some("rewrap"), _) => Function::PrefetchRewraps,
         _ => invalid("unknown operation to prefetch for", "Operations are decrypt and rewrap."),
     };
-    let fetched = backend::with(function, Kind::Text, |session, run| {
-        let mut refused = Vec::new();
-        let fetched = match function {
-            Function::PrefetchRewraps => session.prefetch_rewraps(run, key, heads, &mut refused),
-            _ => session.prefetch(run, heads, &mut refused),
-        };
-        // What the prefetch itself ended with, if it failed, is noted after these.
-        let ended = run.gate.begin(function);
-        for (admitted, error) in refused {
-            run.gate.attempt(admitted);
-            run.gate.failed(&sqlstate_text(&error, Kind::Text), error.key());
-        }
-        run.gate.resume(ended);
-        fetched
+    let fetched = backend::with(function, Kind::Text, |session, run| match function {
+        Function::PrefetchRewraps => session.prefetch_rewraps(run, key, heads),
+        _ => session.prefetch(run, heads),
     });
     let fetched = fetched.unwrap_or_else(|error| raise(&error, Kind::Text));
     if fetched.left_out > 0 {

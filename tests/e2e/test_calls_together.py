@@ -231,6 +231,20 @@ def test_a_job_takes_very_long_headers_one_by_one(table, kms, operation):
     assert one(table, "SELECT count(*) FROM b WHERE convert_from(envelope_decrypt(v), 'UTF8') = 'value ' || n") == ROWS
 
 
+def test_a_job_gets_past_a_wrap_of_its_own_that_is_broken(table, kms):
+    """A second wrap serves, in the preparation and in the writing."""
+    value = binary(one(table, "SELECT v FROM t WHERE n = 1"))
+    header = one(table, "SELECT vod_tender_crypto.stored_head(%s::bytea)", value)
+    at = 6 + 2 + int.from_bytes(header[6:8], "big")
+    wrap = header[at + 1:-32]
+    own = bytes([4]) + b"next" + wrap[1 + 4:]
+    both = header[:at] + bytes([2]) + own + wrap + header[-32:] + value[len(header):]
+    table.execute("CREATE TABLE b AS SELECT 1 AS n, %s::bytea AS v", [both])
+    job = call(table, "rewrap_table", "b", columns=["v"], key="next")
+    assert (job.state, job.rows_done, job.rows_failed) == ("done", 1, 0)
+    assert one(table, "SELECT convert_from(envelope_decrypt(v), 'UTF8') FROM b") == "value 1"
+
+
 def test_an_alias_is_asked_once_in_a_job(table, kms):
     alias = "alias/rotating"
     kms.create_key(alias)

@@ -502,6 +502,19 @@ def test_a_rewrap_of_many_asks_once_for_each_and_many_at_a_time(mover, kms):
     assert reads_all(mover, 2 * ROWS)
 
 
+def test_a_key_that_takes_nothing_is_the_one_that_failed(mover, kms):
+    mover.execute("SET vod_tender_crypto.audit = 'table'")
+    kms.inject(faults.deny(), "ReEncrypt")
+    with fails(DENIED):
+        one(mover, "SELECT rewrap(v, 'next') FROM t WHERE n = 1")
+    with fails(DENIED):
+        prefetch(mover, operation="rewrap", key="next", where_clause="n <= 3")
+    one(mover, "SELECT vod_tender_crypto.flush_audit()")
+    failed = mover.execute("""SELECT function, operation, key, sqlstate FROM vod_tender_crypto.audit
+                              WHERE outcome = 'failed' ORDER BY function""").fetchall()
+    assert failed == [(function, "rewrap", "next", DENIED) for function in ("envelope_prefetch", "rewrap")]
+
+
 def test_to_a_key_in_a_file_it_unwraps_and_wraps(made, mover, kms):
     add_local_key(made, mover, "file", default=False)
     assert one(mover, "SELECT envelope_prefetch(array_agg(v), 'rewrap', 'file') FROM t") == ROWS

@@ -1,14 +1,14 @@
 //! The session's DEKs: bounded in number, age, uses and bytes; overwritten when they go.
 
+mod bounded;
 mod sealing;
 
+pub(crate) use bounded::{Bounded, MOST_HEAD_BYTES};
 pub use sealing::{MadeFor, SealingCache, SealingKey};
 
 use std::borrow::Cow;
 use std::hash::{BuildHasher, Hasher};
 use std::rc::Rc;
-
-use lru::LruCache;
 
 use crate::access::Seen;
 use crate::context::Context;
@@ -92,15 +92,9 @@ impl<H: Hasher> Hasher for LastBytes<H> {
     }
 }
 
-/// Longest head that is remembered, or fetched ahead with many others. Whoever may write rows may write headers of a megabyte
-/// and a half: what is bounded in number is bounded in bytes too, by this for each.
-pub(crate) const MOST_HEAD_BYTES: usize = 16 * 1024;
-
 /// Unwrapped DEKs by header; the one unused for longest goes first.
 pub struct OpenedCache {
-    entries: LruCache<Box<[u8]>, Rc<OpenedKey>, ByCommitment>,
-    /// Bytes of their headers.
-    bytes: usize,
+    entries: Bounded<Rc<OpenedKey>, ByCommitment>,
     /// Not later than the birth of the oldest entry.
     oldest_ms: u64,
 }
@@ -108,20 +102,19 @@ pub struct OpenedCache {
 impl OpenedCache {
     /// An empty cache.
     pub fn new() -> Self {
-        let entries = LruCache::unbounded_with_hasher(ByCommitment::default());
-        OpenedCache { entries, bytes: 0, oldest_ms: u64::MAX }
+        OpenedCache { entries: Bounded::default(), oldest_ms: u64::MAX }
     }
 
     /// The entry for a header, or for a literal form's blob; it may be too old. Flags do not count: one DEK serves with and
     /// without aad.
     #[inline]
     pub fn get(&mut self, header: &[u8]) -> Option<Rc<OpenedKey>> {
-        if let Some((name, entry)) = self.entries.peek_mru()
+        if let Some((name, entry)) = self.entries.latest()
             && is_named(header, name)
         {
             return Some(Rc::clone(entry));
         }
-        self.entries.get(&*name_of(header)).map(Rc::clone)
+        self.entries.get(&name_of(header)).map(|entry| Rc::clone(entry))
     }
 
     /// The entry, if it is not too old.
@@ -144,7 +137,7 @@ impl OpenedCache {
     /// have the same, and then comparing finds where it ends.
     #[inline]
     pub fn latest<'a>(&self, envelope: &'a [u8]) -> Option<(&'a [u8], Rc<OpenedKey>)> {
-        let (name, entry) = self.entries.peek_mru()?;
+        let (name, entry) = self.entries.latest()?;
         let header = envelope.get(..name.len())?;
         let has_payload = envelope.len() - header.len() >= PAYLOAD_OVERHEAD;
         (has_payload && name.starts_with(&MAGIC) && is_named(header, name)).then(|| (header, Rc::clone(entry)))
@@ -152,30 +145,26 @@ impl OpenedCache {
 
     /// Drops an entry that is too old.
     pub fn remove(&mut self, header: &[u8], stats: &mut SessionStats) {
-        if self.entries.pop(&*name_of(header)).is_some() {
-            self.bytes -= header.len();
-            stats.cache_expiries += 1;
-        }
+        stats.cache_expiries += u64::from(self.entries.remove(&name_of(header)));
     }
 
     /// Keeps an entry, within the limits.
     pub fn put(&mut self, header: &[u8], opened: Rc<OpenedKey>, limits: &Limits, stats: &mut SessionStats) {
         self.oldest_ms = self.oldest_ms.min(opened.born_ms);
-        if self.entries.put(name_of(header).into(), opened).is_none() {
-            self.bytes += header.len();
-        }
-        self.evict(limits, stats);
+        let evicted = self.entries.put(name_of(header).into(), opened, limits.cache_entries);
+        stats.cache_evictions += evicted.len() as u64;
     }
 
     /// Drops what is too old; gives whether anything was.
     pub fn expire(&mut self, now_ms: u64, limits: &Limits, stats: &mut SessionStats) -> bool {
-        let evicted = self.evict(limits, stats);
-        if self.entries.is_empty() || is_young(self.oldest_ms, now_ms, limits) {
-            return evicted;
+        let evicted = self.entries.evict(limits.cache_entries).len();
+        stats.cache_evictions += evicted as u64;
+        if self.is_empty() || is_young(self.oldest_ms, now_ms, limits) {
+            return evicted > 0;
         }
         let before = self.entries.len();
         let mut oldest_ms = u64::MAX;
-        self.keep(|entry| {
+        self.entries.retain(|entry| {
             let keep = is_young(entry.born_ms, now_ms, limits);
             if keep {
                 oldest_ms = oldest_ms.min(entry.born_ms);
@@ -184,33 +173,12 @@ impl OpenedCache {
         });
         self.oldest_ms = oldest_ms;
         stats.cache_expiries += (before - self.entries.len()) as u64;
-        evicted || before > self.entries.len()
-    }
-
-    /// Drops what is too much, and keeps one; gives whether anything was dropped.
-    fn evict(&mut self, limits: &Limits, stats: &mut SessionStats) -> bool {
-        let before = self.entries.len();
-        let most_bytes = limits.cache_entries.saturating_mul(MOST_HEAD_BYTES);
-        while self.entries.len() > limits.cache_entries || (self.bytes > most_bytes && self.entries.len() > 1) {
-            self.bytes -= self.entries.pop_lru().map_or(0, |(name, _)| name.len());
-            stats.cache_evictions += 1;
-        }
-        before > self.entries.len()
+        evicted > 0 || before > self.entries.len()
     }
 
     /// Drops what `keyring` no longer allows.
     pub fn retain(&mut self, keyring: &Keyring) {
-        self.keep(|entry| entry.kek.still_opens(keyring) && entry.has_owners_of(keyring));
-    }
-
-    /// Drops all other entries.
-    fn keep(&mut self, mut wanted: impl FnMut(&OpenedKey) -> bool) {
-        let bytes = &mut self.bytes;
-        self.entries.retain(|name, entry| {
-            let keep = wanted(entry);
-            *bytes -= if keep { 0 } else { name.len() };
-            keep
-        });
+        self.entries.retain(|entry| entry.kek.still_opens(keyring) && entry.has_owners_of(keyring));
     }
 
     /// Drops everything.
@@ -225,7 +193,7 @@ impl OpenedCache {
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.len() == 0
     }
 }
 

@@ -125,3 +125,18 @@ pub trait Wait {
     /// Waits for `future`.
     fn wait<T>(&mut self, future: ProviderFuture<'_, T>) -> Result<T, ProviderError>;
 }
+
+/// Answers every call by failing: what is needed while rows are locked must have been fetched before.
+#[derive(Debug, Default)]
+pub struct NoCalls {
+    /// Whether a call was asked for.
+    pub was_asked: bool,
+}
+
+impl Wait for NoCalls {
+    fn wait<T>(&mut self, _future: ProviderFuture<'_, T>) -> Result<T, ProviderError> {
+        self.was_asked = true;
+        // Not a failure that may pass: a wrap that could not be moved from is then passed by again, for the one that could.
+        Err(ProviderError::new(Fault::BadAnswer, "not fetched before the rows were locked"))
+    }
+}

@@ -17,7 +17,7 @@ mod together;
 pub use bulk::{BulkOperation, BulkTask};
 pub use decrypt::{ReadAs, Reading};
 pub use encrypt::Sealing;
-pub use together::{Prefetched, Refusals};
+pub use together::Prefetched;
 
 use crate::access::{Admitted, Gate, Privilege, Seen};
 use crate::cache::{OpenedCache, SealingCache};

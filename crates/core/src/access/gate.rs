@@ -116,6 +116,9 @@ impl Tally {
 
 /// Told of a use of a key before anything comes of it.
 pub trait Journal {
+    /// What a failure is filed under: its SQLSTATE.
+    fn sqlstate(&self, error: &Error) -> String;
+
     /// Sees to it that the use will be known whatever happens next, where that is required; gives a number for it then.
     /// After an error nothing is decrypted or encrypted.
     fn announce(&mut self, used: &Use) -> Result<Option<u64>>;
@@ -123,6 +126,10 @@ pub trait Journal {
 
 /// Announces nothing.
 impl Journal for () {
+    fn sqlstate(&self, _error: &Error) -> String {
+        String::new()
+    }
+
     fn announce(&mut self, _used: &Use) -> Result<Option<u64>> {
         Ok(None)
     }
@@ -366,6 +373,14 @@ impl Gate {
         self.last = Some(slot);
     }
 
+    /// Notes that a use failed among others that go on.
+    pub(crate) fn refused(&mut self, admitted: Admitted, error: &Error) {
+        let attempt = self.attempt;
+        self.attempt(admitted);
+        self.failed(&self.journal.sqlstate(error), error.key());
+        self.attempt = attempt;
+    }
+
     /// Notes that a honey value was asked for.
     pub(crate) fn alarm(&mut self, key: &str, context: &Context) {
         let slot = self.slot(self.named(Privilege::Decrypt, key, context, Outcome::Honey));
@@ -408,7 +423,8 @@ impl Gate {
 
     fn file(&mut self, used: Use, announced: Option<u64>) -> usize {
         let slot = self.uses.len();
-        self.bytes += used.context.encoded().len();
+        // Twice: here and in the index.
+        self.bytes += 2 * used.context.encoded().len();
         self.index.insert(used.clone(), slot);
         self.uses.push((used, Tally { announced, ..Tally::default() }));
         slot
@@ -422,6 +438,10 @@ mod tests {
     struct Full;
 
     impl Journal for Full {
+        fn sqlstate(&self, _error: &Error) -> String {
+            String::new()
+        }
+
         fn announce(&mut self, _used: &Use) -> Result<Option<u64>> {
             Err(Error::NotAudited("the disk is full".to_owned()))
         }

@@ -3,10 +3,8 @@
 use std::collections::VecDeque;
 use std::rc::Rc;
 
-use lru::LruCache;
-
 use crate::access::Seen;
-use crate::cache::{KekIdentity, OpenedKey, is_young};
+use crate::cache::{Bounded, KekIdentity, OpenedKey, is_young};
 use crate::context::Context;
 use crate::keyring::Keyring;
 use crate::policy::{DEK_USES_CAP, Limits};
@@ -119,7 +117,7 @@ struct Ready {
 
 /// DEKs for encrypting, by KEK and the caller's context. Of each several may be ready; they are used one after the other.
 pub struct SealingCache {
-    entries: LruCache<Box<[u8]>, Ready>,
+    entries: Bounded<Ready>,
     name: Vec<u8>,
     /// Number of the statement at hand.
     statement: u64,
@@ -133,7 +131,7 @@ impl SealingCache {
     /// An empty cache.
     pub fn new() -> Self {
         SealingCache {
-            entries: LruCache::unbounded(),
+            entries: Bounded::default(),
             name: Vec::new(),
             statement: 0,
             made_for_statement: false,
@@ -151,7 +149,7 @@ impl SealingCache {
         limits: &Limits,
     ) -> Option<&mut SealingKey> {
         Self::write_name(&mut self.name, kek, context);
-        let ready = self.entries.get_mut(self.name.as_slice())?;
+        let ready = self.entries.get(&self.name)?;
         while ready.keys.front().is_some_and(|key| !key.can_take(bytes, now_ms, limits)) {
             if ready.keys.pop_front().is_some_and(|key| !key.taken_up) {
                 // Made faster than they are used: they grow too old.
@@ -165,7 +163,7 @@ impl SealingCache {
     /// Notes that the key which [`SealingCache::get`] gives is used from now on.
     pub fn take_up(&mut self, kek: &str, context: &Context) -> Option<&SealingKey> {
         Self::write_name(&mut self.name, kek, context);
-        let ready = self.entries.get_mut(self.name.as_slice())?;
+        let ready = self.entries.get(&self.name)?;
         ready.see(self.statement);
         let key = ready.keys.front_mut()?;
         ready.taken_up += u64::from(!key.taken_up);
@@ -176,14 +174,14 @@ impl SealingCache {
     /// How many keys the statement at hand has taken up, since it last had to begin small: as many more it may want.
     pub fn taken_up(&mut self, kek: &str, context: &Context) -> u64 {
         Self::write_name(&mut self.name, kek, context);
-        let ready = self.entries.peek(self.name.as_slice());
+        let ready = self.entries.peek(&self.name);
         ready.filter(|ready| ready.statement == self.statement).map_or(0, |ready| ready.taken_up)
     }
 
     /// Not all keys could be made that were asked for.
     pub fn begin_small(&mut self, kek: &str, context: &Context) {
         Self::write_name(&mut self.name, kek, context);
-        if let Some(ready) = self.entries.peek_mut(self.name.as_slice()) {
+        if let Some(ready) = self.entries.get(&self.name) {
             ready.taken_up = 0;
         }
     }
@@ -196,7 +194,7 @@ impl SealingCache {
 
     /// Number of keys at hand, for all KEKs and contexts.
     pub fn len(&self) -> usize {
-        self.entries.iter().map(|(_, ready)| ready.keys.len()).sum()
+        self.entries.values().map(|ready| ready.keys.len()).sum()
     }
 
     /// Whether there are none.
@@ -211,23 +209,20 @@ impl SealingCache {
 
     fn ready(&mut self, kek: &str, context: &Context) -> impl Iterator<Item = &SealingKey> {
         Self::write_name(&mut self.name, kek, context);
-        self.entries.peek(self.name.as_slice()).into_iter().flat_map(|ready| &ready.keys)
+        self.entries.peek(&self.name).into_iter().flat_map(|ready| &ready.keys)
     }
 
     /// Keeps a fresh key.
     pub fn put(&mut self, kek: &str, context: &Context, key: SealingKey, limits: &Limits) {
         Self::write_name(&mut self.name, kek, context);
         self.made_for_statement |= key.made_for == MadeFor::Statement;
-        if let Some(ready) = self.entries.get_mut(self.name.as_slice()) {
+        if let Some(ready) = self.entries.get(&self.name) {
             ready.keys.push_back(key);
             return;
         }
-        while self.entries.len() >= limits.cache_entries.max(1) {
-            let evicted = self.entries.pop_lru();
-            self.unused += evicted.map_or(0, |(_, ready)| unused(&ready.keys));
-        }
         let ready = Ready { keys: VecDeque::from([key]), ..Ready::default() };
-        self.entries.put(self.name.as_slice().into(), ready);
+        let evicted = self.entries.put(self.name.as_slice().into(), ready, limits.cache_entries);
+        self.unused += evicted.iter().map(|ready| unused(&ready.keys)).sum::<u64>();
     }
 
     /// Begins another statement: drops what the one before had made and did not use. Gives whether anything was dropped.
@@ -250,7 +245,7 @@ impl SealingCache {
     /// Drops all other keys; gives whether anything was dropped.
     fn keep(&mut self, wanted: impl Fn(&SealingKey) -> bool) -> bool {
         let mut dropped = false;
-        self.entries.retain(|_, Ready { keys, .. }| {
+        self.entries.retain(|Ready { keys, .. }| {
             let (before, unused_before) = (keys.len(), unused(keys));
             keys.retain(&wanted);
             dropped |= keys.len() < before;

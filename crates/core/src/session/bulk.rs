@@ -2,12 +2,11 @@
 
 use std::rc::Rc;
 
-use lru::LruCache;
 use zeroize::Zeroizing;
 
 use crate::access::Privilege;
 use crate::armor;
-use crate::cache::MOST_HEAD_BYTES;
+use crate::cache::{Bounded, MOST_HEAD_BYTES};
 use crate::context::Context;
 use crate::envelope::Header;
 use crate::error::{Error, Mismatch, Result};
@@ -18,7 +17,7 @@ use crate::provider::{Wait, WrappedRef};
 use crate::session::decrypt::unwrap_one;
 use crate::session::heads::Form;
 use crate::session::rewrap_ahead::Destination;
-use crate::session::together::{Asked, Outcome};
+use crate::session::together::Asked;
 use crate::session::{Reading, Run, Sealing, Session};
 use crate::sink::Sink;
 use crate::stored::{Stored, Value, direct_shape, head};
@@ -66,39 +65,22 @@ pub struct BulkTask<'a> {
 const NOWHERE: &str = "";
 
 /// Headers of new values that were looked at, and whether the key service opened their wrapped DEK. Holds no secret.
-pub(super) struct Assured {
-    entries: LruCache<Box<[u8]>, bool>,
-    /// Bytes of their names.
-    bytes: usize,
-}
-
-impl Default for Assured {
-    fn default() -> Self {
-        Assured { entries: LruCache::unbounded(), bytes: 0 }
-    }
-}
+#[derive(Default)]
+pub(super) struct Assured(Bounded<bool>);
 
 impl Assured {
     /// Whether a header was looked at, and with `checked` also opened by its key service.
     pub(super) fn knows(&mut self, name: &[u8], checked: bool) -> bool {
-        self.entries.get(name).is_some_and(|was_checked| *was_checked || !checked)
+        self.0.get(name).is_some_and(|was_checked| *was_checked || !checked)
     }
 
     /// Notes a header, in its binary form and in the one that text has.
     pub(super) fn put(&mut self, header: &[u8], checked: bool, limits: &Limits) {
         // A DEK has two headers and each two names; those that were made ahead must all be known.
-        const NAMES: usize = 4;
-        let most = limits.cache_entries.max(128).saturating_mul(NAMES);
+        let most = limits.cache_entries.max(128).saturating_mul(4);
         let armored = armor::armored_head(header);
         for name in [header, armored.trim_end_matches(':').as_bytes()] {
-            if self.entries.put(name.into(), checked).is_none() {
-                self.bytes += name.len();
-            }
-            while self.entries.len() > most
-                || (self.bytes > most.saturating_mul(MOST_HEAD_BYTES) && self.entries.len() > NAMES)
-            {
-                self.bytes -= self.entries.pop_lru().map_or(0, |(name, _)| name.len());
-            }
+            self.0.put(name.into(), checked, most);
         }
     }
 }
@@ -248,16 +230,15 @@ impl Session {
         // As many at a time as the session keeps: each round takes one at least.
         while !places.is_empty() {
             let part: Vec<_> = places.iter().map(|&place| heads[place]).collect();
-            let mut outcome = Outcome::default();
-            match task.operation {
+            let outcome = match task.operation {
                 BulkOperation::Migrate => return Ok(failures),
-                BulkOperation::Downgrade => self.fetch(&mut run.moving(LEGACY_KEY), asked, &part, &mut outcome)?,
-                BulkOperation::Verify => self.fetch(&mut run.moving(NOWHERE), asked, &part, &mut outcome)?,
+                BulkOperation::Downgrade => self.fetch(&mut run.moving(LEGACY_KEY), asked, &part)?,
+                BulkOperation::Verify => self.fetch(&mut run.moving(NOWHERE), asked, &part)?,
                 BulkOperation::Rewrap => {
                     let to = Destination { key: task.key, asked, check_wraps: task.check_wraps };
-                    self.move_ahead(run, to, &part, &mut outcome)?;
+                    self.move_ahead(run, to, &part)?
                 }
-            }
+            };
             failures.extend(outcome.failures.into_iter().map(|(at, error)| (places[at], error)));
             places = outcome.left_out.into_iter().map(|at| places[at]).collect();
         }

@@ -2,10 +2,8 @@
 
 use std::rc::Rc;
 
-use lru::LruCache;
-
 use crate::armor;
-use crate::cache::{ByCommitment, MOST_HEAD_BYTES};
+use crate::cache::{Bounded, ByCommitment};
 use crate::envelope::{Header, Payload, Wrap};
 use crate::error::Result;
 use crate::policy::Limits;
@@ -34,13 +32,8 @@ pub(super) struct Known {
 }
 
 /// Headers by their stored form. Holds no secret.
-pub(super) struct Heads(LruCache<Box<[u8]>, Known, ByCommitment>);
-
-impl Default for Heads {
-    fn default() -> Self {
-        Heads(LruCache::unbounded_with_hasher(ByCommitment::default()))
-    }
-}
+#[derive(Default)]
+pub(super) struct Heads(Bounded<Known, ByCommitment>);
 
 impl Heads {
     /// The form of a value; an error for what begins as version 2 and is malformed.
@@ -64,7 +57,7 @@ impl Heads {
     #[inline]
     pub(super) fn armored<'a>(&mut self, text: &'a str) -> Option<(Rc<[u8]>, &'a str)> {
         // The next value is likely to have the same as the last one.
-        if let Some((head, known)) = self.0.peek_mru()
+        if let Some((head, known)) = self.0.latest()
             && text.as_bytes().starts_with(head)
             && text.as_bytes().get(head.len()) == Some(&b':')
         {
@@ -85,13 +78,8 @@ impl Heads {
         let under = |wrap: &Wrap<'_>| (wrap.key_name.to_owned(), wrap.kek_id.to_owned());
         let wraps = Header::parse(header)?.wraps.iter().map(under).collect();
         let known = Known { wraps, header: header.into() };
-        if let Some(head) = head(value)
-            && head.len() <= MOST_HEAD_BYTES
-        {
-            while self.0.len() >= limits.cache_entries.max(1) {
-                self.0.pop_lru();
-            }
-            self.0.put(head.into(), known.clone());
+        if let Some(head) = head(value) {
+            self.0.put(head.into(), known.clone(), limits.cache_entries);
         }
         Ok(known)
     }

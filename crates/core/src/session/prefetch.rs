@@ -15,44 +15,30 @@ use crate::keyring::Kek;
 use crate::provider::{ProviderError, Wait, WrappedRef};
 use crate::seal::{Derived, ExpandedKey};
 use crate::session::decrypt::{check_kek_context, more_telling};
-use crate::session::together::{Asked, Down, Failed, Group, Outcome, Prefetched, Refusals, lanes, round, together};
+use crate::session::together::{Asked, Down, Failed, Group, Outcome, Prefetched, lanes, together};
 use crate::session::{Run, Session};
 
 impl Session {
     /// Fetches the DEKs that values with these headers (or these blobs of the literal form; see [`Session::needed_head`])
     /// need to be decrypted: each distinct wrapped DEK once, many at a time. What is at hand is not asked for again, and
-    /// what a service refuses about a single value is left for whoever reads that value; `refused` gets it, also beside an
-    /// error, for whoever prefetches to note: nobody may come to read those values.
-    pub fn prefetch<W: Wait>(
-        &mut self,
-        run: &mut Run<'_, W>,
-        heads: &[&[u8]],
-        refused: &mut Refusals,
-    ) -> Result<Prefetched> {
-        let mut outcome = Outcome::default();
-        let fetched = self.fetch(run, Asked::ByCaller, heads, &mut outcome);
-        refused.append(&mut outcome.refused);
-        fetched.map(|()| outcome.prefetched())
+    /// what a service refuses about a single value is left for whoever reads that value.
+    pub fn prefetch<W: Wait>(&mut self, run: &mut Run<'_, W>, heads: &[&[u8]]) -> Result<Prefetched> {
+        self.fetch(run, Asked::ByCaller, heads).map(Outcome::prefetched)
     }
 
     /// The same, and what failed. An error is about more than one of the heads.
-    pub(super) fn fetch<W: Wait>(
-        &mut self,
-        run: &mut Run<'_, W>,
-        asked: Asked,
-        heads: &[&[u8]],
-        outcome: &mut Outcome,
-    ) -> Result<()> {
-        let mut wanted = self.wanted(run, asked, heads, outcome)?;
+    pub(super) fn fetch<W: Wait>(&mut self, run: &mut Run<'_, W>, asked: Asked, heads: &[&[u8]]) -> Result<Outcome> {
+        let mut outcome = Outcome::default();
+        let mut wanted = self.wanted(run, asked, heads, &mut outcome)?;
         let down = Down::default();
         // A round for each wrap that has to be tried: most envelopes have one.
         while !wanted.is_empty() {
-            let failed = self.fetch_round(run, asked, &down, wanted, outcome)?;
+            let failed = self.fetch_round(run, asked, &down, wanted, &mut outcome)?;
             wanted = Vec::new();
             for Failed { head, admitted, failure } in failed {
                 match head.through_another_wrap(run, failure) {
                     Ok(head) => wanted.push(head),
-                    Err((places, error)) if error.concerns_one_value(None) => outcome.refuse(&places, admitted, &error),
+                    Err((places, error)) if error.concerns_one_value(None) => outcome.fail(&places, &error),
                     Err((_, error)) => {
                         run.gate.attempt(admitted);
                         return Err(error);
@@ -60,7 +46,7 @@ impl Session {
                 }
             }
         }
-        Ok(())
+        Ok(outcome)
     }
 
     /// The heads whose DEKs are not at hand, and that the caller may have: asked before anything is called.
@@ -141,12 +127,17 @@ impl Session {
                     }
                     keys.into_iter().for_each(|(head, key)| opened.put(head, Rc::new(key), &limits, stats));
                     let failure = Error::Unverified(Mismatch::Commitment);
+                    if asked == Asked::ByCaller {
+                        others.iter().for_each(|_| gate.refused(admitted, &failure));
+                    }
                     others.into_iter().map(|head| Failed { head, admitted, failure: failure.clone() }).collect()
                 }
                 Err(source) => {
                     let kek = &heads[0].kek.name;
                     let error = Error::Service { key: kek.clone(), source: source.clone() };
-                    if !error.concerns_one_value(None) {
+                    if error.concerns_one_value(None) {
+                        (asked == Asked::ByCaller).then(|| gate.refused(admitted, &error));
+                    } else {
                         down.note(kek, kek, &source);
                         if heads.iter().any(Wanted::is_last_wrap) {
                             stopped_by.get_or_insert((admitted, error.clone()));
@@ -171,11 +162,13 @@ impl Session {
             Ok(())
         }));
         made.map_err(|source| Error::Service { key: first.name.clone(), source })?;
-        round(failed, stopped_by, run.gate, |Failed { head, admitted, failure }| {
-            if failure.concerns_one_value(None) {
-                outcome.refuse(&head.places, admitted, &failure);
+        match stopped_by {
+            Some((admitted, error)) => {
+                run.gate.attempt(admitted);
+                Err(error)
             }
-        })
+            None => Ok(failed),
+        }
     }
 }
 

@@ -2,11 +2,9 @@
 
 use std::collections::HashMap;
 
-use lru::LruCache;
-
 use crate::access::{Admitted, Privilege};
 use crate::armor;
-use crate::cache::is_young;
+use crate::cache::{Bounded, is_young};
 use crate::context::Context;
 use crate::envelope::{COMMITMENT_BYTES, Header, Wrap};
 use crate::error::{Error, Result};
@@ -56,7 +54,11 @@ impl Session {
             None => return Ok(None),
         };
         let to = run.gate.admit_anew(Privilege::Rewrap, &target.name, &header.context)?;
-        let (source, from, fresh) = self.rewrapped(run, target, &header, own)?;
+        let (source, from, fresh) = self.rewrapped(run, target, &header, own).inspect_err(|error| {
+            if error.key() == Some(&target.name) {
+                run.gate.attempt(to);
+            }
+        })?;
         let mut moved = vec![to];
         if own != Some(source) {
             moved.push(from);
@@ -125,8 +127,7 @@ impl Session {
         let from = run.gate.admit_anew(Privilege::Rewrap, &source.name, &header.context)?;
         let now = self.clock.now_ms();
         let limits = run.policy.limits;
-        let commitment = must_check.then_some(header.commitment);
-        let name = RewrapMemo::name(&target.name, wrap, &header.context, commitment);
+        let name = RewrapMemo::name(&target.name, wrap, header, must_check);
         if let Some(known) = self.rewraps.known(target, &name, now, &limits) {
             return Ok((from, known.clone()));
         }
@@ -216,15 +217,10 @@ fn write(kind: Kind, header: &[u8], payload: &[u8], sink: &mut dyn Sink) -> Resu
 }
 
 /// What rewrapping learned: each distinct wrapped DEK is moved once, and what a KEK's newest id is. Holds no secret.
+#[derive(Default)]
 pub(super) struct RewrapMemo {
-    moved: LruCache<Box<[u8]>, (WrappedDek, u64)>,
+    moved: Bounded<(WrappedDek, u64)>,
     newest: HashMap<String, (String, u64)>,
-}
-
-impl Default for RewrapMemo {
-    fn default() -> Self {
-        RewrapMemo { moved: LruCache::unbounded(), newest: HashMap::new() }
-    }
 }
 
 impl RewrapMemo {
@@ -253,33 +249,26 @@ impl RewrapMemo {
     }
 
     pub(super) fn put(&mut self, target: &str, name: Box<[u8]>, fresh: &WrappedDek, now_ms: u64, limits: &Limits) {
-        while self.moved.len() >= limits.cache_entries.max(1) {
-            self.moved.pop_lru();
-        }
-        self.moved.put(name, (fresh.clone(), now_ms));
+        self.moved.put(name, (fresh.clone(), now_ms), limits.cache_entries);
         self.note_newest(target, &fresh.kek_id, now_ms);
     }
 
     /// Forgets what a wrap was moved to.
     pub(super) fn remove(&mut self, name: &[u8]) {
-        self.moved.pop(name);
+        self.moved.remove(name);
     }
 
-    /// What a move is remembered by: all that its answer depends on. What was seen to hold the DEK that a header commits to
-    /// has another name than what was moved unseen.
-    pub(super) fn name(
-        target: &str,
-        wrap: &Wrap<'_>,
-        context: &Context,
-        commitment: Option<&[u8; COMMITMENT_BYTES]>,
-    ) -> Box<[u8]> {
-        let commitment = commitment.map_or(&[][..], |commitment| &commitment[..]);
+    /// What a move is remembered by: all that its answer depends on, and the header's commitment, so that what is found out
+    /// about a forged header concerns no other one. What must be seen to hold the DEK that it commits to has another name
+    /// than what is moved unseen.
+    pub(super) fn name(target: &str, wrap: &Wrap<'_>, header: &Header<'_>, must_check: bool) -> Box<[u8]> {
         let parts = [
             target.as_bytes(),
             wrap.key_name.as_bytes(),
             wrap.kek_id.as_bytes(),
-            context.encoded(),
-            commitment,
+            header.context.encoded(),
+            header.commitment,
+            &[u8::from(must_check)],
             wrap.wrapped_dek,
         ];
         let lengths = parts.iter().map(|part| part.len() as u32);

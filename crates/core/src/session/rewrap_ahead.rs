@@ -5,14 +5,14 @@ use std::hash::Hash;
 use std::ops::ControlFlow;
 
 use crate::access::{Admitted, Privilege};
-use crate::envelope::{COMMITMENT_BYTES, Header, MAGIC, Wrap};
+use crate::envelope::{Header, MAGIC, Wrap};
 use crate::error::{Error, Mismatch, Result};
 use crate::keyring::Kek;
 use crate::provider::{Wait, WrappedDek, WrappedRef};
 use crate::seal::Derived;
 use crate::session::decrypt::more_telling;
 use crate::session::rewrap::{Moving, RewrapMemo, is_passing, order, renewed, source};
-use crate::session::together::{Asked, Down, Failed, Group, Outcome, Prefetched, Refusals, lanes, round, together};
+use crate::session::together::{Asked, Down, Failed, Group, Outcome, Prefetched, lanes, together};
 use crate::session::{Run, Session};
 
 /// Where DEKs go.
@@ -27,20 +27,15 @@ pub(super) struct Destination<'a> {
 
 impl Session {
     /// Has the key service put the DEKs of these headers under the KEK `key`, each distinct wrapped DEK once, many at a
-    /// time, so that [`Session::rewrap`] of values with these headers calls nothing. `refused` is as in
-    /// [`Session::prefetch`].
+    /// time, so that [`Session::rewrap`] of values with these headers calls nothing.
     pub fn prefetch_rewraps<W: Wait>(
         &mut self,
         run: &mut Run<'_, W>,
         key: Option<&str>,
         heads: &[&[u8]],
-        refused: &mut Refusals,
     ) -> Result<Prefetched> {
         let to = Destination { key, asked: Asked::ByCaller, check_wraps: false };
-        let mut outcome = Outcome::default();
-        let moved = self.move_ahead(run, to, heads, &mut outcome);
-        refused.append(&mut outcome.refused);
-        moved.map(|()| outcome.prefetched())
+        self.move_ahead(run, to, heads).map(Outcome::prefetched)
     }
 
     /// The same, and what failed. An error is about more than one of the heads.
@@ -49,19 +44,20 @@ impl Session {
         run: &mut Run<'_, W>,
         to: Destination<'_>,
         heads: &[&[u8]],
-        outcome: &mut Outcome,
-    ) -> Result<()> {
+    ) -> Result<Outcome> {
         let target = run.keyring.for_encrypting(to.key)?;
-        let mut due = self.due(run, target, to, heads, outcome)?;
+        let mut outcome = Outcome::default();
+        let mut due = self.due(run, target, to, heads, &mut outcome)?;
         let down = Down::default();
         if !self.knows_newest(run, target) && due.len() > 1 {
             // One alone: its answer tells what is up to date.
             let others = due.split_off(1);
-            self.move_all(run, target, to, &down, due, outcome)?;
+            self.move_all(run, target, to, &down, due, &mut outcome)?;
             due = others;
             due.retain(|head| !self.is_up_to_date(run, target, head));
         }
-        self.move_all(run, target, to, &down, due, outcome)
+        self.move_all(run, target, to, &down, due, &mut outcome)?;
+        Ok(outcome)
     }
 
     fn knows_newest<W>(&self, run: &Run<'_, W>, target: &Kek) -> bool {
@@ -121,7 +117,7 @@ impl Session {
                 match head.through_another_wrap(run, target, failure) {
                     Ok(head) => due.push(head),
                     Err((places, error)) if error.concerns_one_value(Some(&target.name)) => {
-                        outcome.refuse(&places, admitted, &error);
+                        outcome.fail(&places, &error)
                     }
                     Err((_, error)) => {
                         run.gate.attempt(admitted);
@@ -182,18 +178,22 @@ impl Session {
                 }
                 Err(failure) => failure,
             };
-            if with.known.is_some() {
+            if let Failure::OfHead(_) = failure {
                 rewraps.remove(&head.moved_name(target));
+            }
+            let admitted = if failure.error().key() == Some(&target.name) { with.to } else { with.from };
+            if failure.error().concerns_one_value(Some(&target.name)) && to.asked == Asked::ByCaller {
+                gate.refused(admitted, failure.error());
             }
             if !failure.error().concerns_one_value(Some(&target.name)) {
                 if let Error::Service { key, source } = failure.error() {
                     down.note(&head.source.name, key, source);
                 }
                 if heads.iter().any(|head| head.ends_with(&failure)) {
-                    stopped_by.get_or_insert((with.from, failure.error().clone()));
+                    stopped_by.get_or_insert((admitted, failure.error().clone()));
                 }
             }
-            let of = |head| Failed { head, admitted: with.from, failure: failure.clone() };
+            let of = |head| Failed { head, admitted, failure: failure.clone() };
             failed.extend(heads.into_iter().map(of));
             if stopped_by.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
@@ -206,11 +206,13 @@ impl Session {
             Ok(())
         }));
         made.map_err(|source| Error::Service { key: target.name.clone(), source })?;
-        round(failed, stopped_by, run.gate, |Failed { head, admitted, failure }| {
-            if failure.error().concerns_one_value(Some(&target.name)) {
-                outcome.refuse(&head.places, admitted, failure.error());
+        match stopped_by {
+            Some((admitted, error)) => {
+                run.gate.attempt(admitted);
+                Err(error)
             }
-        })
+            None => Ok(failed),
+        }
     }
 
     /// Whether nothing has to be called for a group any more.
@@ -333,17 +335,16 @@ impl<'h, 'k> Due<'h, 'k> {
     fn call(&self) -> (&'h [u8], impl Hash + Eq + use<'h, 'k>) {
         let Wrap { kek_id, wrapped_dek, .. } = *self.wrap();
         let Header { context, commitment, .. } = &self.header;
-        let must_check = self.commitment().is_some();
-        (wrapped_dek, (self.source.name.as_str(), kek_id, *commitment, must_check, context.clone()))
+        (wrapped_dek, (self.source.name.as_str(), kek_id, *commitment, self.must_check(), context.clone()))
     }
 
-    /// What the DEK must be seen to fit: a wrap that replaces another one must hold the payload's DEK.
     fn moved_name(&self, target: &Kek) -> Box<[u8]> {
-        RewrapMemo::name(&target.name, self.wrap(), &self.header.context, self.commitment())
+        RewrapMemo::name(&target.name, self.wrap(), &self.header, self.must_check())
     }
 
-    fn commitment(&self) -> Option<&'h [u8; COMMITMENT_BYTES]> {
-        self.own.is_some_and(|own| own != self.at).then_some(self.header.commitment)
+    /// Whether the DEK must be seen to be the payload's: a wrap that replaces another one must hold that.
+    fn must_check(&self) -> bool {
+        self.own.is_some_and(|own| own != self.at)
     }
 
     fn is_renewed_by(&self, fresh: &WrappedDek) -> bool {
@@ -379,7 +380,7 @@ impl Group<Due<'_, '_>, Move> {
         let fresh = match &self.with.known {
             Some(known) => known.clone(),
             None => {
-                let (wrap, source, must_check) = (head.wrap(), head.source, head.commitment().is_some());
+                let (wrap, source, must_check) = (head.wrap(), head.source, head.must_check());
                 let moving = Moving { target, source, wrap, context, commitment, must_check };
                 moving.moved().await.map_err(Failure::OfWrap)?
             }

@@ -8,8 +8,8 @@ use std::ops::ControlFlow;
 use futures_util::StreamExt;
 use futures_util::stream;
 
-use crate::access::{Admitted, Gate};
-use crate::error::{Error, Result};
+use crate::access::Admitted;
+use crate::error::Error;
 use crate::provider::ProviderError;
 
 /// What a prefetch did.
@@ -21,14 +21,11 @@ pub struct Prefetched {
     pub left_out: u64,
 }
 
-/// What services refused about single values, and the use of a key that each was.
-pub type Refusals = Vec<(Admitted, Error)>;
-
 /// Whom calls are made for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Asked {
-    /// A caller who asks for nothing else: each DEK counts as one use of its key, and nothing is asked of a service when
-    /// one of the keys is not for the caller.
+    /// A caller who asks for nothing else: each DEK counts as one use of its key, what is refused as one that failed, for nobody
+    /// may come to read those values. Nothing is asked of a service when one of the keys is not for the caller.
     ByCaller,
     /// A job, which counts the values it converts, and to which each head is one of many.
     ByJob,
@@ -42,8 +39,6 @@ pub(super) struct Outcome {
     pub left_out: Vec<usize>,
     /// What is wrong with single heads, by place.
     pub failures: Vec<(usize, Error)>,
-    /// Those of them that a service was called for.
-    pub refused: Refusals,
 }
 
 impl Outcome {
@@ -51,13 +46,7 @@ impl Outcome {
         self.failures.extend(places.iter().map(|&place| (place, error.clone())));
     }
 
-    /// Notes a failure that a service was called for.
-    pub(super) fn refuse(&mut self, places: &[usize], admitted: Admitted, error: &Error) {
-        self.fail(places, error);
-        self.refused.push((admitted, error.clone()));
-    }
-
-    pub(super) fn prefetched(&self) -> Prefetched {
+    pub(super) fn prefetched(self) -> Prefetched {
         Prefetched { deks: self.deks, left_out: self.left_out.len() as u64 }
     }
 }
@@ -126,24 +115,6 @@ pub(super) struct Failed<H, F> {
     pub head: H,
     pub admitted: Admitted,
     pub failure: F,
-}
-
-/// What came of a round of calls: the heads whose calls failed, unless one of the failures ends the round. Then what is wrong
-/// with single heads is noted, and the error is about the use of a key that it ends.
-pub(super) fn round<H, F>(
-    failed: Vec<Failed<H, F>>,
-    stopped_by: Option<(Admitted, Error)>,
-    gate: &mut Gate,
-    mut note: impl FnMut(Failed<H, F>),
-) -> Result<Vec<Failed<H, F>>> {
-    match stopped_by {
-        Some((admitted, error)) => {
-            failed.into_iter().for_each(&mut note);
-            gate.attempt(admitted);
-            Err(error)
-        }
-        None => Ok(failed),
-    }
 }
 
 /// The keys that answer nobody, and with what: they are not asked again, and what can be reached through another key is.

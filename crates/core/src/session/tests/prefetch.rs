@@ -5,7 +5,7 @@ use super::*;
 use crate::access::{Function, Journal, Outcome, Privilege::*, Rights, Use};
 use crate::envelope::Wrap;
 use crate::provider::Fault;
-use crate::session::{BulkOperation, BulkTask, Prefetched, Refusals};
+use crate::session::{BulkOperation, BulkTask, Prefetched};
 
 /// So many values, each under a DEK of its own, and a session that knows none of them.
 fn cold(count: usize) -> (World, Vec<Vec<u8>>) {
@@ -18,15 +18,18 @@ fn cold(count: usize) -> (World, Vec<Vec<u8>>) {
 impl World {
     /// How many DEKs it fetched, and how many did not fit.
     fn prefetch(&mut self, values: &[Vec<u8>]) -> Result<(u64, u64)> {
-        self.prefetch_heads(&heads(values)).0
+        self.prefetch_heads(&heads(values))
     }
 
-    /// The same, and what was refused about single values.
-    fn prefetch_heads(&mut self, heads: &[&[u8]]) -> (Result<(u64, u64)>, Vec<Error>) {
+    fn prefetch_heads(&mut self, heads: &[&[u8]]) -> Result<(u64, u64)> {
         let (session, mut run) = self.split();
-        let mut refused = Refusals::new();
-        let counted = session.prefetch(&mut run, heads, &mut refused).map(counts);
-        (counted, refused.into_iter().map(|(_, error)| error).collect())
+        session.prefetch(&mut run, heads).map(counts)
+    }
+
+    /// The uses of keys since this was last asked, that came to something: how each ended, of which key, and how often.
+    fn uses(&mut self) -> Vec<(Outcome, String, u64)> {
+        let uses = self.gate.take().into_iter().filter(|(_, tally)| tally.values > 0);
+        uses.map(|(used, tally)| (used.outcome, used.key, tally.values)).collect()
     }
 
     fn unwrapped(&self) -> u64 {
@@ -138,14 +141,16 @@ fn each_dek_that_was_fetched_counts_as_a_use() {
     world.gate.take();
     world.gate.begin(Function::Prefetch);
     world.prefetch(&values).unwrap();
-    let uses: Vec<_> =
-        world.gate.take().into_iter().map(|(used, tally)| (used.outcome, used.key, tally.values)).collect();
-    assert_eq!(uses, [(Outcome::Done, "main".to_owned(), 4)]);
+    assert_eq!(world.uses(), [(Outcome::Done, "main".into(), 4), (failed(), "main".into(), 1)]);
 }
 
 struct Full;
 
 impl Journal for Full {
+    fn sqlstate(&self, _error: &Error) -> String {
+        String::new()
+    }
+
     fn announce(&mut self, _used: &Use) -> Result<Option<u64>> {
         Err(Error::NotAudited("the disk is full".to_owned()))
     }
@@ -184,9 +189,9 @@ fn what_is_no_header_is_left_out_of_it() {
     let (mut world, values) = cold(1);
     let whole = head(&values[0]);
     let heads: Vec<_> = (4..whole.len()).map(|length| &whole[..length]).collect();
-    assert_eq!(world.prefetch_heads(&heads).0.unwrap(), (0, 0));
+    assert_eq!(world.prefetch_heads(&heads).unwrap(), (0, 0));
     let (session, mut run) = world.split();
-    assert_eq!(session.prefetch_rewraps(&mut run, None, &heads, &mut Vec::new()).map(counts).unwrap(), (0, 0));
+    assert_eq!(session.prefetch_rewraps(&mut run, None, &heads).map(counts).unwrap(), (0, 0));
     assert_eq!(world.unwrapped(), 0);
 }
 
@@ -271,15 +276,14 @@ fn literal_forms_are_fetched_too() {
     };
     let stored: Vec<_> = blobs.iter().zip(["a", "b", "c"]).map(|(blob, plaintext)| literal(blob, plaintext)).collect();
     let unknown = b"blob".as_slice();
-    let (counted, refused) = world.prefetch_heads(&[&blobs[..], &[unknown]].concat());
-    assert_eq!((counted.unwrap(), refused.len()), ((3, 0), 1));
+    assert_eq!(world.prefetch_heads(&[&blobs[..], &[unknown]].concat()).unwrap(), (3, 0));
     assert_eq!(world.unwrapped(), 4);
     for (stored, plaintext) in stored.iter().zip(["a", "b", "c"]) {
         assert_eq!(world.decrypt(stored, none()).unwrap(), plaintext);
     }
     assert_eq!(world.unwrapped(), 4, "they are at hand");
     world.enter(1, &[]);
-    assert!(matches!(world.prefetch_heads(&blobs).0, Err(Error::NotGranted { .. })));
+    assert!(matches!(world.prefetch_heads(&blobs), Err(Error::NotGranted { .. })));
 }
 
 #[test]
@@ -304,17 +308,27 @@ fn jobs_learn_what_is_wrong_with_which_value() {
     assert!(session.prepare_heads(&mut run, task, &heads).is_err());
 }
 
+/// How what was refused ended: the journal of these tests has one name for all failures.
+fn failed() -> Outcome {
+    Outcome::Failed(String::new())
+}
+
 #[test]
-fn what_was_refused_is_told_beside_an_error() {
-    let (mut world, values) = cold(40);
-    world.service.deks.borrow_mut().remove(&b"wrapped 2"[..]).unwrap();
-    world.service.fails_after.set(Some((10, Fault::Unreachable)));
-    let (ended, refused) = world.prefetch_heads(&heads(&values));
-    assert!(matches!(ended, Err(Error::Service { source, .. }) if source.fault == Fault::Unreachable));
-    assert!(
-        matches!(&refused[..], [Error::Service { source, .. }] if source.fault == Fault::Unverified),
-        "{refused:?}"
-    );
+fn what_was_refused_is_counted_beside_an_error_and_a_cancel() {
+    for cancelled in [false, true] {
+        let (mut world, values) = cold(40);
+        (0..3).for_each(|n| drop(world.service.deks.borrow_mut().remove(format!("wrapped {n}").as_bytes()).unwrap()));
+        if cancelled {
+            world.wait.patience = Some(5);
+        } else {
+            world.service.fails_after.set(Some((10, Fault::Unreachable)));
+        }
+        world.gate.take();
+        world.gate.begin(Function::Prefetch);
+        assert!(world.prefetch(&values).is_err());
+        let refused: Vec<_> = world.uses().into_iter().filter(|(outcome, ..)| *outcome == failed()).collect();
+        assert_eq!(refused, [(failed(), "main".into(), 3)], "{cancelled}");
+    }
 }
 
 #[test]
@@ -333,34 +347,4 @@ fn one_wrapped_dek_in_many_headers_is_no_way_around_a_service_that_is_down() {
     world.wait.patience = Some(7);
     assert!(world.prefetch(&twins).is_err());
     assert!((1..30).contains(&world.session.cached_deks()), "{}", world.session.cached_deks());
-}
-
-#[test]
-fn long_headers_do_not_fill_the_memory() {
-    let (mut world, values) = cold(40);
-    world.policy.limits.cache_entries = 4;
-    let filler = vec![7; crate::envelope::MAX_WRAPPED_DEK];
-    let long: Vec<_> = values
-        .iter()
-        .map(|value| {
-            with_wraps(value, |wraps| {
-                wraps.extend(["a", "b", "c", "d", "e", "f", "g"].map(|key_name| Wrap {
-                    key_name,
-                    kek_id: "id",
-                    wrapped_dek: &filler,
-                }));
-            })
-        })
-        .collect();
-    assert!(head(&long[0]).len() > crate::cache::MOST_HEAD_BYTES);
-    world.reads_all(&long);
-    assert_eq!(world.session.cached_deks(), 2, "as many bytes as four headers may have");
-    world.reads_all(&values);
-    assert_eq!(world.session.cached_deks(), 4);
-    world.policy.limits.cache_entries = 1;
-    world.reads_all(&long);
-    assert_eq!(world.session.cached_deks(), 1, "the last one is kept, however long it is");
-    world.session.clear();
-    world.reads_all(&values);
-    assert_eq!(world.session.cached_deks(), 1);
 }

@@ -1,12 +1,12 @@
 //! DEKs that are moved to another KEK together: each once, checked where a job wants that, and for who may move them.
 
 use super::prefetch::counts;
-use super::world::{World, heads, with_wraps};
+use super::world::{World, head, heads, with_wraps};
 use super::*;
 use crate::access::{Function, Privilege::*};
 use crate::envelope::Wrap;
-use crate::provider::Fault;
-use crate::session::{BulkOperation, BulkTask, Prefetched};
+use crate::provider::{Fault, NoCalls};
+use crate::session::{BulkOperation, BulkTask, Prefetched, Run};
 
 fn job(key: &str) -> BulkTask<'_> {
     BulkTask { operation: BulkOperation::Rewrap, key: Some(key), context: None, check_wraps: true }
@@ -15,12 +15,22 @@ fn job(key: &str) -> BulkTask<'_> {
 impl World {
     fn move_ahead(&mut self, values: &[Vec<u8>], key: &str) -> Result<Prefetched> {
         let (session, mut run) = self.split();
-        session.prefetch_rewraps(&mut run, Some(key), &heads(values), &mut Vec::new())
+        session.prefetch_rewraps(&mut run, Some(key), &heads(values))
     }
 
     fn prepare_rewraps(&mut self, values: &[Vec<u8>], key: &str) -> Result<Vec<(usize, Error)>> {
         let (session, mut run) = self.split();
         session.prepare_heads(&mut run, job(key), &heads(values))
+    }
+
+    /// What a job makes of a value with what was prepared. It can call nothing.
+    fn converts(&mut self, value: &[u8], key: &str) -> Vec<u8> {
+        let mut no_calls = NoCalls::default();
+        let mut run = Run::new(&self.keyring, self.policy, &mut no_calls, &mut self.gate);
+        let mut out = Vec::new();
+        assert!(self.session.convert(&mut run, job(key), Value::Bytes(value), None, None, &mut out).unwrap());
+        self.session.assure(&mut run, job(key), Value::Bytes(&out)).unwrap();
+        out
     }
 
     fn move_calls(&self) -> [u64; 3] {
@@ -70,10 +80,7 @@ fn a_job_has_each_new_wrap_opened_by_its_service() {
         let calls = if moves { [20, 19, 0] } else { [0, 39, 19] };
         assert_eq!((world.move_calls(), world.service.peak.get()), (calls, 4));
         for (n, value) in values.iter().enumerate().filter(|(n, _)| *n != 7) {
-            let (session, mut run) = world.split();
-            let mut out = Vec::new();
-            assert!(session.convert(&mut run, job("next"), Value::Bytes(value), None, None, &mut out).unwrap());
-            session.assure(&mut run, job("next"), Value::Bytes(&out)).unwrap();
+            world.converts(value, "next");
             assert_eq!(world.move_calls(), calls, "value {n}");
         }
         assert!(world.prepare_rewraps(&values[..7], "next").unwrap().is_empty());
@@ -239,4 +246,40 @@ fn a_wrap_that_fails_its_check_is_forgotten() {
     assert!(matches!(failures[..], [(_, Error::Service { .. })]), "{failures:?}");
     assert!(world.prepare_rewraps(&values, "next").unwrap().is_empty(), "it was moved again");
     assert_eq!(world.service.moved.get(), 4);
+}
+
+#[test]
+fn a_forged_header_makes_nothing_of_others_be_forgotten() {
+    let mut world = World::new();
+    world.add("next", "id-2", "{}", true, true);
+    let values = world.made(3, "main");
+    world.move_ahead(&values, "next").unwrap();
+    let end = head(&values[0]).len();
+    let mut forged = values[0].clone();
+    forged[end - 1] ^= 1;
+    let all = [&values[..], &[forged]].concat();
+    let failures = world.prepare_rewraps(&all, "next").unwrap();
+    assert!(matches!(failures[..], [(3, Error::Unverified(Mismatch::Commitment))]), "{failures:?}");
+    let calls = world.move_calls();
+    for value in &values {
+        world.converts(value, "next");
+    }
+    assert_eq!(world.move_calls(), calls);
+}
+
+#[test]
+fn a_job_gets_past_a_wrap_of_its_own_that_is_broken() {
+    let mut world = World::new();
+    let alias = world.add("next", "id-5", "{}", true, true);
+    let values = world.made(2, "main");
+    let both = with_wraps(&values[0], |wraps| {
+        wraps.insert(0, Wrap { key_name: "next", kek_id: "id-4", wrapped_dek: b"nothing" });
+    });
+    assert!(world.prepare_rewraps(std::slice::from_ref(&both), "next").unwrap().is_empty());
+    let calls = world.move_calls();
+    let moved = world.converts(&both, "next");
+    assert_eq!(world.move_calls(), calls);
+    drop(alias);
+    world.fresh_session();
+    assert_eq!(world.decrypt_bytes(&moved, none()).unwrap(), [0]);
 }

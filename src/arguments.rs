@@ -49,6 +49,19 @@ unsafe impl<'fcx> ArgAbi<'fcx> for BytesIn<'fcx> {
     }
 }
 
+/// A `text` argument as it is stored.
+pub struct StoredText<'fcx>(pub &'fcx [u8]);
+
+impl_sql_translatable!(StoredText<'_>, "text");
+
+// SAFETY: `text` arguments are varlena datums, which is what is unboxed.
+unsafe impl<'fcx> ArgAbi<'fcx> for StoredText<'fcx> {
+    unsafe fn unbox_arg_unchecked(arg: Arg<'_, 'fcx>) -> Self {
+        // SAFETY: the argument is a text, and the bytes live as long as the call.
+        StoredText(unsafe { content(arg.unbox_arg_using_from_datum()) })
+    }
+}
+
 /// A `text` argument, in UTF-8; borrowed from the argument where that is possible.
 pub struct TextIn<'fcx>(Option<Cow<'fcx, str>>);
 
@@ -90,13 +103,13 @@ unsafe impl UnboxDatum for TextIn<'_> {
     }
 }
 
-/// A `jsonb` argument that is a context.
-pub struct ContextIn(Result<Context, Error>);
+/// A `jsonb` argument that is a context. Boxed, because most calls give none: what is not there is then not moved about.
+pub struct ContextIn(Box<Result<Context, Error>>);
 
 impl ContextIn {
     /// The context; an error when the JSON is not one.
     pub fn context(&self) -> &Context {
-        self.0.as_ref().unwrap_or_else(|error| raise(error, Kind::Text))
+        (*self.0).as_ref().unwrap_or_else(|error| raise(error, Kind::Text))
     }
 }
 
@@ -111,7 +124,7 @@ unsafe impl<'fcx> ArgAbi<'fcx> for ContextIn {
             pgrx::direct_function_call::<&CStr>(pg_sys::jsonb_out, &[datum])
         };
         let json = to_utf8(json.map(CStr::to_bytes).unwrap_or_default());
-        ContextIn(json.ok_or(Error::ArgumentNotText).and_then(|json| Context::from_json(&json)))
+        ContextIn(Box::new(json.ok_or(Error::ArgumentNotText).and_then(|json| Context::from_json(&json))))
     }
 }
 

@@ -10,7 +10,7 @@ use vod_tender_core::session::{ReadAs, Reading, Run, Sealing, Session};
 use vod_tender_core::stored::{self, Kind, Value};
 use vod_tender_core::{Error, Result};
 
-use crate::arguments::{BytesIn, ContextIn, TextIn};
+use crate::arguments::{BytesIn, ContextIn, StoredText, TextIn, to_utf8};
 use crate::backend;
 use crate::errors::raise;
 use crate::results::{BytesOut, TextOut, Varlena};
@@ -38,12 +38,20 @@ fn envelope_encrypt_bytea<'a>(
 
 #[pg_extern(name = "envelope_decrypt", cost = 1000, stable, parallel_restricted)]
 fn envelope_decrypt_text<'a>(
-    value: Option<TextIn<'a>>,
+    value: Option<StoredText<'a>>,
     aad: default!(Option<TextIn<'a>>, "NULL"),
     context: default!(Option<ContextIn>, "NULL"),
     version: default!(Option<i32>, "NULL"),
 ) -> Option<TextOut> {
-    decrypt(Value::Text(value?.as_str()), &aad, &context, version).map(TextOut)
+    let (StoredText(stored), reading) = (value?, reading(&aad, &context, version));
+    let out = run(Function::Decrypt, Kind::Text, |session, run, out| {
+        if session.decrypt_like_latest(run, stored, reading, out)?.is_some() {
+            return Ok(());
+        }
+        let text = to_utf8(stored).ok_or(Error::ArgumentNotText)?;
+        session.decrypt(run, Value::Text(&text), reading, out).map(warn_if_plaintext)
+    });
+    out.map(TextOut)
 }
 
 #[pg_extern(name = "envelope_decrypt", cost = 1000, stable, parallel_restricted)]
@@ -53,7 +61,11 @@ fn envelope_decrypt_bytea<'a>(
     context: default!(Option<ContextIn>, "NULL"),
     version: default!(Option<i32>, "NULL"),
 ) -> Option<BytesOut> {
-    decrypt(Value::Bytes(value?.0), &aad, &context, version).map(BytesOut)
+    let (value, reading) = (Value::Bytes(value?.0), reading(&aad, &context, version));
+    let out = run(Function::Decrypt, Kind::Bytes, |session, run, out| {
+        session.decrypt(run, value, reading, out).map(warn_if_plaintext)
+    });
+    out.map(BytesOut)
 }
 
 #[pg_extern(name = "rewrap", cost = 1000, volatile, parallel_restricted)]
@@ -153,18 +165,6 @@ fn encrypt(
     run(Function::Encrypt, plaintext.kind(), |session, run, out| session.encrypt(run, plaintext, sealing, out))
 }
 
-fn decrypt(
-    value: Value<'_>,
-    aad: &Option<TextIn<'_>>,
-    context: &Option<ContextIn>,
-    version: Option<i32>,
-) -> Option<Varlena> {
-    let reading = Reading { aad: text(aad), context: context.as_ref().map(ContextIn::context), version };
-    run(Function::Decrypt, value.kind(), |session, run, out| {
-        session.decrypt(run, value, reading, out).map(warn_if_plaintext)
-    })
-}
-
 fn rewrap(value: Value<'_>, key: &Option<TextIn<'_>>) -> Option<Varlena> {
     run(Function::Rewrap, value.kind(), |session, run, out| session.rewrap(run, value, text(key), out).map(drop))
 }
@@ -199,6 +199,10 @@ fn info(value: Value<'_>) -> Option<JsonB> {
         backend::with(Function::Other, value.kind(), |session, run| describe(value, session.version(run, value)?));
     let info = info.unwrap_or_else(|error| raise(&error, value.kind()));
     Some(JsonB(serde_json::to_value(info).unwrap_or_default()))
+}
+
+fn reading<'a>(aad: &'a Option<TextIn<'_>>, context: &'a Option<ContextIn>, version: Option<i32>) -> Reading<'a> {
+    Reading { aad: text(aad), context: context.as_ref().map(ContextIn::context), version }
 }
 
 fn sealing<'a>(

@@ -1,8 +1,11 @@
 //! Results in PostgreSQL's own memory: allocated once, written in place, handed over without a copy.
 
+use std::mem::MaybeUninit;
+
 use pgrx::callconv::{BoxRet, FcInfo};
 use pgrx::{impl_sql_translatable, pg_sys};
 use vod_tender_core::Error;
+use vod_tender_core::seal::{ExpandedKey, Sealed};
 use vod_tender_core::sink::Sink;
 use vod_tender_core::stored::Kind;
 
@@ -49,6 +52,14 @@ impl Sink for Varlena {
             Ok(std::slice::from_raw_parts_mut(start, bytes.len()))
         }
     }
+
+    #[inline]
+    fn opened(&mut self, key: &ExpandedKey, sealed: Sealed<'_>) -> Result<&mut [u8], Error> {
+        let start = self.allocate(sealed.ciphertext.len())?.cast::<MaybeUninit<u8>>();
+        // SAFETY: that many bytes were allocated.
+        let room = unsafe { std::slice::from_raw_parts_mut(start, sealed.ciphertext.len()) };
+        Ok(key.open_into(sealed, room)?)
+    }
 }
 
 impl Varlena {
@@ -70,7 +81,7 @@ impl Varlena {
     /// What was written.
     pub fn content(&mut self) -> &mut [u8] {
         match self.start {
-            // SAFETY: `buffer` and `copied` initialised that many bytes behind the header.
+            // SAFETY: what asked for the memory initialised that many bytes behind the header, also when it failed.
             Some(start) => unsafe { std::slice::from_raw_parts_mut(start.as_ptr().add(HEADER), self.length) },
             None => &mut [],
         }

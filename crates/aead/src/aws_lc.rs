@@ -1,6 +1,7 @@
 //! AES-256-GCM by AWS-LC.
 
-use std::ptr;
+use std::mem::MaybeUninit;
+use std::{ptr, slice};
 
 use aws_lc_sys::{
     EVP_AEAD_CTX, EVP_AEAD_CTX_cleanup, EVP_AEAD_CTX_init, EVP_AEAD_CTX_open_gather, EVP_AEAD_CTX_seal_scatter,
@@ -9,7 +10,7 @@ use aws_lc_sys::{
 use vod_tender_secret_memory::{Locked, burn_stack};
 use zeroize::Zeroize;
 
-use crate::{KEY_BYTES, NONCE_BYTES, NotSealed, TAG_BYTES, TagMismatch};
+use crate::{KEY_BYTES, NONCE_BYTES, NotSealed, Sealed, TAG_BYTES, TagMismatch};
 
 /// A key, expanded once, in locked memory. AWS-LC keeps all of an AES-GCM key in this struct and nothing elsewhere.
 pub struct ExpandedKey(Locked<Context>);
@@ -90,26 +91,64 @@ impl ExpandedKey {
         buffer: &mut [u8],
         tag: &[u8; TAG_BYTES],
     ) -> Result<(), TagMismatch> {
-        // SAFETY: as in `seal`.
+        // SAFETY: the buffer holds as many bytes as are decrypted; input and output are the same, which is allowed.
+        let opened =
+            unsafe { self.open_at(nonce, associated, buffer.as_ptr(), buffer.len(), tag, buffer.as_mut_ptr()) };
+        // AWS-LC does so by itself; that it decrypts before it compares is no reason to rely on it.
+        opened.inspect_err(|_| buffer.zeroize())
+    }
+
+    /// Decrypts into `out`, which has as many bytes as the ciphertext, without a copy between. When the tag does not fit, `out` is
+    /// overwritten with zeros.
+    #[inline]
+    pub fn open_into<'a>(
+        &self,
+        sealed: Sealed<'_>,
+        out: &'a mut [MaybeUninit<u8>],
+    ) -> Result<&'a mut [u8], TagMismatch> {
+        let Sealed { nonce, associated, ciphertext, tag } = sealed;
+        assert_eq!(ciphertext.len(), out.len(), "a plaintext is as long as its ciphertext");
+        let (start, length) = (out.as_mut_ptr().cast::<u8>(), out.len());
+        // SAFETY: both have that many bytes, and do not overlap: one of them is borrowed mutably.
+        let opened = unsafe { self.open_at(nonce, associated, ciphertext.as_ptr(), length, tag, start) };
+        if opened.is_err() {
+            // SAFETY: as above. Zeros first, so that there is something to overwrite for the compiler.
+            unsafe {
+                ptr::write_bytes(start, 0, length);
+                slice::from_raw_parts_mut(start, length).zeroize();
+            }
+        }
+        // SAFETY: AWS-LC wrote every byte when it succeeded.
+        opened.map(|()| unsafe { slice::from_raw_parts_mut(start, length) })
+    }
+
+    /// # Safety
+    /// `from` and `to` have `length` bytes each; they are the same or do not overlap.
+    #[inline]
+    unsafe fn open_at(
+        &self,
+        nonce: &[u8; NONCE_BYTES],
+        associated: &[u8],
+        from: *const u8,
+        length: usize,
+        tag: &[u8; TAG_BYTES],
+        to: *mut u8,
+    ) -> Result<(), TagMismatch> {
+        // SAFETY: every pointer goes with its length, and the rest is as promised by the caller.
         let done = unsafe {
             EVP_AEAD_CTX_open_gather(
                 &self.0.0,
-                buffer.as_mut_ptr(),
+                to,
                 nonce.as_ptr(),
                 NONCE_BYTES,
-                buffer.as_ptr(),
-                buffer.len(),
+                from,
+                length,
                 tag.as_ptr(),
                 TAG_BYTES,
                 associated.as_ptr(),
                 associated.len(),
             )
         };
-        if done == DONE {
-            return Ok(());
-        }
-        // AWS-LC does so by itself; that it decrypts before it compares is no reason to rely on it.
-        buffer.zeroize();
-        Err(TagMismatch)
+        if done == DONE { Ok(()) } else { Err(TagMismatch) }
     }
 }

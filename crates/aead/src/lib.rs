@@ -19,6 +19,19 @@ pub const NONCE_BYTES: usize = 12;
 /// Bytes of a tag.
 pub const TAG_BYTES: usize = 16;
 
+/// What was encrypted.
+#[derive(Debug, Clone, Copy)]
+pub struct Sealed<'a> {
+    /// The nonce.
+    pub nonce: &'a [u8; NONCE_BYTES],
+    /// The associated data.
+    pub associated: &'a [u8],
+    /// As many bytes as the plaintext has.
+    pub ciphertext: &'a [u8],
+    /// The tag.
+    pub tag: &'a [u8; TAG_BYTES],
+}
+
 /// The tag does not fit key, nonce, ciphertext and associated data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TagMismatch;

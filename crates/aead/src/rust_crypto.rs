@@ -1,11 +1,14 @@
 //! AES-256-GCM by RustCrypto.
 
+use std::mem::MaybeUninit;
+use std::{ptr, slice};
+
 use aes_gcm::aead::{AeadInOut, KeyInit};
 use aes_gcm::{Aes256Gcm, Nonce};
 use vod_tender_secret_memory::{Locked, burn_stack};
 use zeroize::Zeroize;
 
-use crate::{KEY_BYTES, NONCE_BYTES, NotSealed, TAG_BYTES, TagMismatch};
+use crate::{KEY_BYTES, NONCE_BYTES, NotSealed, Sealed, TAG_BYTES, TagMismatch};
 
 /// A key, expanded once, in locked memory.
 pub struct ExpandedKey(Locked<Aes256Gcm>);
@@ -50,5 +53,22 @@ impl ExpandedKey {
             buffer.zeroize();
             TagMismatch
         })
+    }
+    /// Decrypts into `out`, which has as many bytes as the ciphertext. When the tag does not fit, `out` is overwritten with zeros.
+    pub fn open_into<'a>(
+        &self,
+        sealed: Sealed<'_>,
+        out: &'a mut [MaybeUninit<u8>],
+    ) -> Result<&'a mut [u8], TagMismatch> {
+        let Sealed { nonce, associated, ciphertext, tag } = sealed;
+        assert_eq!(ciphertext.len(), out.len(), "a plaintext is as long as its ciphertext");
+        let start = out.as_mut_ptr().cast::<u8>();
+        // SAFETY: both have that many bytes, and do not overlap: one of them is borrowed mutably. All are initialised then.
+        let buffer = unsafe {
+            ptr::copy_nonoverlapping(ciphertext.as_ptr(), start, out.len());
+            slice::from_raw_parts_mut(start, out.len())
+        };
+        self.open(nonce, associated, buffer, tag)?;
+        Ok(buffer)
     }
 }

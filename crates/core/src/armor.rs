@@ -64,16 +64,16 @@ pub fn unwrap_base64(text: &str) -> Option<String> {
 /// Decodes canonical base64.
 pub fn decode(text: &str) -> std::result::Result<Vec<u8>, Malformed> {
     let mut bytes = Vec::new();
-    decode_into(text, &mut bytes)?;
+    decode_into(text.as_bytes(), &mut bytes)?;
     Ok(bytes)
 }
 
 /// Decodes canonical base64 in place of what `bytes` holds.
-fn decode_into(text: &str, bytes: &mut Vec<u8>) -> std::result::Result<(), Malformed> {
+fn decode_into(text: &[u8], bytes: &mut Vec<u8>) -> std::result::Result<(), Malformed> {
     let not_canonical = |_| Malformed("not canonical base64");
-    let length = STANDARD.decoded_length(text.as_bytes()).map_err(not_canonical)?;
+    let length = STANDARD.decoded_length(text).map_err(not_canonical)?;
     resize(bytes, length).ok_or(Malformed::NO_MEMORY)?;
-    STANDARD.decode(text.as_bytes(), bytes.as_mut_slice().as_out()).map_err(not_canonical)?;
+    STANDARD.decode(text, bytes.as_mut_slice().as_out()).map_err(not_canonical)?;
     Ok(())
 }
 
@@ -98,12 +98,12 @@ pub(crate) fn resize(bytes: &mut Vec<u8>, length: usize) -> Option<()> {
 /// Decodes the base64 of a payload and checks that it can be one.
 pub fn decode_payload(text: &str) -> std::result::Result<Vec<u8>, Malformed> {
     let mut bytes = Vec::new();
-    decode_payload_into(text, &mut bytes)?;
+    decode_payload_into(text.as_bytes(), &mut bytes)?;
     Ok(bytes)
 }
 
 /// The same in place of what `bytes` holds.
-pub(crate) fn decode_payload_into(text: &str, bytes: &mut Vec<u8>) -> std::result::Result<(), Malformed> {
+pub(crate) fn decode_payload_into(text: &[u8], bytes: &mut Vec<u8>) -> std::result::Result<(), Malformed> {
     decode_into(text, bytes)?;
     Payload::parse(bytes).map(drop)
 }
@@ -194,9 +194,9 @@ mod tests {
     #[test]
     fn scratch_memory_is_used_again() {
         let mut bytes = vec![9; 100];
-        decode_into("AAEC", &mut bytes).unwrap();
+        decode_into(b"AAEC", &mut bytes).unwrap();
         assert_eq!(bytes, [0, 1, 2]);
-        assert!(decode_into("AAE", &mut bytes).is_err());
+        assert!(decode_into(b"AAE", &mut bytes).is_err());
     }
 
     #[test]

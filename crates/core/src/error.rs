@@ -4,6 +4,7 @@
 //! a well-formed envelope, never from a caller's argument.
 
 use crate::provider::{Fault, ProviderError};
+use crate::seal::TagMismatch;
 
 /// Result with the crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
@@ -192,4 +193,10 @@ pub enum Mismatch {
     /// A sealed value did not open to what was sealed.
     #[error("A value just encrypted did not decrypt to the same bytes; nothing was stored.")]
     RoundTrip,
+}
+impl From<TagMismatch> for Error {
+    /// Of an envelope's payload.
+    fn from(_: TagMismatch) -> Self {
+        Error::Unverified(Mismatch::Payload)
+    }
 }

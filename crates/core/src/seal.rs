@@ -11,7 +11,7 @@ use crate::envelope::{COMMITMENT_BYTES, NONCE_BYTES, PAYLOAD_OVERHEAD, SUITE};
 use crate::error::{Error, Mismatch, Result};
 use crate::random::SessionRandom;
 
-pub use vod_tender_aead::{ExpandedKey, TagMismatch};
+pub use vod_tender_aead::{ExpandedKey, Sealed, TagMismatch};
 
 const PAYLOAD_KEY_INFO: &[u8] = b"vod_tender_crypto/v2/payload-key";
 const COMMITMENT_INFO: &[u8] = b"vod_tender_crypto/v2/commitment";

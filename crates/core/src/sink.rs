@@ -3,6 +3,7 @@
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::error::{Error, Result};
+use crate::seal::{ExpandedKey, Sealed};
 
 /// Memory for one result.
 pub trait Sink {
@@ -14,6 +15,14 @@ pub trait Sink {
     fn copied(&mut self, bytes: &[u8]) -> Result<&mut [u8]> {
         let buffer = self.buffer(bytes.len())?;
         buffer.copy_from_slice(bytes);
+        Ok(buffer)
+    }
+
+    /// Gives memory that holds what was sealed, opened.
+    fn opened(&mut self, key: &ExpandedKey, sealed: Sealed<'_>) -> Result<&mut [u8]> {
+        let Sealed { nonce, associated, ciphertext, tag } = sealed;
+        let buffer = self.copied(ciphertext)?;
+        key.open(nonce, associated, buffer, tag)?;
         Ok(buffer)
     }
 }

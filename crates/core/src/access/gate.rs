@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::num::NonZeroUsize;
 use std::rc::Rc;
 
 use crate::access::rights::{Privilege, Rights};
@@ -174,11 +175,20 @@ pub struct Interrupted {
 
 /// A use that was admitted.
 #[derive(Debug, Clone, Copy)]
-pub struct Admitted(Option<usize>);
+pub struct Admitted(Option<NonZeroUsize>);
 
 impl Admitted {
     /// The session's own check of what it made: nobody sees anything of it.
     pub(crate) const CHECK: Admitted = Admitted(None);
+
+    /// The use at a place. One more is kept, so that it fits into a register.
+    fn at(slot: usize) -> Self {
+        Admitted(NonZeroUsize::new(slot.wrapping_add(1)))
+    }
+
+    fn slot(self) -> Option<usize> {
+        self.0.map(|slot| slot.get() - 1)
+    }
 }
 
 impl Gate {
@@ -288,10 +298,10 @@ impl Gate {
             && seen == stamp
         {
             self.attempt = Some(slot);
-            return Ok(Admitted(Some(slot)));
+            return Ok(Admitted::at(slot));
         }
         let admitted = self.admit_anew(privilege, key, context)?;
-        seen.0.set(admitted.0.map(|slot| (stamp, slot)));
+        seen.0.set(admitted.slot().map(|slot| (stamp, slot)));
         Ok(admitted)
     }
 
@@ -306,7 +316,7 @@ impl Gate {
         };
         seen.0.set(Some((stamp, slot)));
         self.attempt = Some(slot);
-        Ok(Admitted(Some(slot)))
+        Ok(Admitted::at(slot))
     }
 
     /// Refuses a move that is not granted: it takes the right to rewrap, or to decrypt. Whoever may decrypt with the target
@@ -339,13 +349,13 @@ impl Gate {
         self.require(privilege, key)?;
         let slot = self.announced(self.named(privilege, key, context, Outcome::Done))?;
         self.attempt = Some(slot);
-        Ok(Admitted(Some(slot)))
+        Ok(Admitted::at(slot))
     }
 
     /// Counts one value of a use that came to its end.
     #[inline]
     pub fn done(&mut self, admitted: Admitted) {
-        if let Admitted(Some(slot)) = admitted {
+        if let Some(slot) = admitted.slot() {
             self.uses[slot].1.values += 1;
             self.attempt = None;
             self.last = Some(slot);
@@ -354,7 +364,7 @@ impl Gate {
 
     /// Goes back to a use that was admitted before others were: what comes next is about that one.
     pub fn attempt(&mut self, admitted: Admitted) {
-        self.attempt = admitted.0.or(self.attempt);
+        self.attempt = admitted.slot().or(self.attempt);
     }
 
     /// Notes that what was called failed, under the key that was admitted last or else under `key`.

@@ -53,16 +53,17 @@ impl Heads {
 }
 
 impl Heads {
-    /// The header, decoded, and the armored payload of an armored envelope whose header was seen before.
+    /// The header, decoded, and the armored payload of an armored envelope whose header is the one that was asked for last: the
+    /// next value is likely to have the same.
     #[inline]
+    pub(super) fn latest<'a>(&self, stored: &'a [u8]) -> Option<(Rc<[u8]>, &'a [u8])> {
+        let (head, known) = self.0.latest()?;
+        let payload = stored.strip_prefix(head)?.strip_prefix(b":")?;
+        Some((Rc::clone(&known.header), payload))
+    }
+
+    /// The header, decoded, and the armored payload of an armored envelope whose header was seen before.
     pub(super) fn armored<'a>(&mut self, text: &'a str) -> Option<(Rc<[u8]>, &'a str)> {
-        // The next value is likely to have the same as the last one.
-        if let Some((head, known)) = self.0.latest()
-            && text.as_bytes().starts_with(head)
-            && text.as_bytes().get(head.len()) == Some(&b':')
-        {
-            return Some((Rc::clone(&known.header), &text[head.len() + 1..]));
-        }
         let head = head(Value::Text(text))?;
         let known = self.0.get(head)?;
         Some((Rc::clone(&known.header), &text[head.len() + 1..]))

@@ -134,12 +134,19 @@ impl Backend {
         slot.as_deref_mut().filter(|backend| backend.process == process::id())
     }
 
+    #[inline(always)]
     fn current(slot: &mut Option<ManuallyDrop<Backend>>) -> Result<&mut Backend> {
         // What another process made is left alone: its secrets read as zero here, its sockets are not ours to close.
         if slot.as_ref().is_none_or(|backend| backend.process != process::id()) {
-            *slot = Some(ManuallyDrop::new(Backend::new()?));
+            Backend::make(slot)?;
         }
         Ok(slot.as_mut().expect("it was just made"))
+    }
+
+    #[cold]
+    fn make(slot: &mut Option<ManuallyDrop<Backend>>) -> Result<()> {
+        *slot = Some(ManuallyDrop::new(Backend::new()?));
+        Ok(())
     }
 
     /// Writes down what was used in a transaction that the session's end ends.
@@ -184,11 +191,16 @@ impl Backend {
 
     /// Takes in changed keys and settings: with every statement of the client, and whenever PostgreSQL said within
     /// one that something changed. In between it costs four loads.
+    #[inline(always)]
     fn refresh(&mut self) {
         let statement = process::statement();
-        if statement == self.statement && !catalog::changed() && !settings::changed() && !callers::changed() {
-            return;
+        if statement != self.statement || catalog::changed() || settings::changed() || callers::changed() {
+            self.take_in_changes(statement);
         }
+    }
+
+    #[cold]
+    fn take_in_changes(&mut self, statement: i64) {
         catalog::receive_changes();
         let settings_changed = settings::take_changed();
         if settings_changed {
@@ -216,7 +228,15 @@ impl Backend {
     }
 
     /// Notes how a call went.
+    #[inline(always)]
     fn note(&mut self, error: Option<&Error>, kind: Kind) {
+        if error.is_some() || self.calls.has_requests() || self.gate.has_alarms() {
+            self.note_more(error, kind);
+        }
+    }
+
+    #[cold]
+    fn note_more(&mut self, error: Option<&Error>, kind: Kind) {
         let requests = self.calls.take_requests();
         if let Some(error) = error {
             self.gate.failed(&sqlstate_text(error, kind), error.key());

@@ -102,11 +102,16 @@ unsafe extern "C-unwind" fn roles_changed(_argument: pg_sys::Datum, _cache: std:
 
 impl Callers {
     /// Tells the gate who calls. Costs three loads where that is who called last.
+    #[inline(always)]
     pub fn enter(&mut self, gate: &mut Gate) {
         let roles = Roles::now();
-        if self.present == Some(roles) {
-            return;
+        if self.present != Some(roles) {
+            self.enter_anew(gate, roles);
         }
+    }
+
+    #[cold]
+    fn enter_anew(&mut self, gate: &mut Gate, roles: Roles) {
         let party = match self.callers.iter().position(|caller| caller.roles == roles) {
             Some(at) => at,
             None => {

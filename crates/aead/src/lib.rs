@@ -42,6 +42,8 @@ pub struct NotSealed;
 
 #[cfg(test)]
 mod tests {
+    use std::mem::MaybeUninit;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -114,6 +116,11 @@ mod tests {
                     let mut buffer = body.clone();
                     assert_eq!(key.open(&nonce, associated, &mut buffer, &tag), Err(TagMismatch));
                     assert!(buffer.iter().all(|&byte| byte == 0));
+                    let mut room = vec![MaybeUninit::new(0xFFu8); length];
+                    let sealed = Sealed { nonce: &nonce, associated, ciphertext: body, tag: &tag };
+                    assert!(key.open_into(sealed, &mut room).is_err());
+                    // SAFETY: it was made of initialised bytes.
+                    assert!(room.iter().all(|byte| unsafe { byte.assume_init() } == 0));
                 }
                 key.open(&[2; 12], b"bound", &mut sealed, &tag).unwrap();
                 assert_eq!(sealed, plaintext);
@@ -134,6 +141,11 @@ mod tests {
             let tag = one.seal(&nonce, &associated, &mut by_one).unwrap();
             prop_assert_eq!(two.seal(&nonce, &associated, &mut by_two).unwrap(), tag);
             prop_assert_eq!(&by_one, &by_two);
+            let sealed = Sealed { nonce: &nonce, associated: &associated, ciphertext: &by_one, tag: &tag };
+            let mut room = vec![MaybeUninit::uninit(); plaintext.len()];
+            prop_assert_eq!(one.open_into(sealed, &mut room).unwrap(), &plaintext[..]);
+            let mut room = vec![MaybeUninit::uninit(); plaintext.len()];
+            prop_assert_eq!(two.open_into(sealed, &mut room).unwrap(), &plaintext[..]);
             prop_assert_eq!(two.open(&nonce, &associated, &mut by_one, &tag), Ok(()));
             prop_assert_eq!(one.open(&nonce, &associated, &mut by_two, &tag), Ok(()));
             prop_assert_eq!((&by_one, &by_two), (&plaintext, &plaintext));

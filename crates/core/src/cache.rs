@@ -135,7 +135,7 @@ impl OpenedCache {
 
     /// The header of a binary envelope, and its entry, if it is the one that was asked for last: the next value is likely to
     /// have the same, and then comparing finds where it ends.
-    #[inline]
+    #[inline(always)]
     pub fn latest<'a>(&self, envelope: &'a [u8]) -> Option<(&'a [u8], Rc<OpenedKey>)> {
         let (name, entry) = self.entries.latest()?;
         let header = envelope.get(..name.len())?;

@@ -145,7 +145,7 @@ impl<'a, W> Run<'a, W> {
     }
 
     /// Lets something be opened with a key. Obligation: before anything of it is handed out, with a cached key too.
-    #[inline]
+    #[inline(always)]
     fn admit_opening(&mut self, seen: &Seen, key: &str, owners: &[String], context: &Context) -> Result<Admitted> {
         if !owners.is_empty() {
             self.require_of_an_owner(owners)?;

@@ -66,6 +66,12 @@ impl CallLog {
         }
     }
 
+    /// Whether there is something to [`CallLog::take_requests`].
+    #[inline]
+    pub fn has_requests(&self) -> bool {
+        !self.1.borrow().is_empty()
+    }
+
     /// The ids since this was last asked.
     pub fn take_requests(&self) -> Vec<String> {
         std::mem::take(&mut self.1.borrow_mut())

@@ -291,7 +291,7 @@ impl Gate {
     }
 
     /// Lets one use of a key through, or does not. `seen` belongs to the key and the context.
-    #[inline]
+    #[inline(always)]
     pub fn admit(&mut self, seen: &Seen, privilege: Privilege, key: &str, context: &Context) -> Result<Admitted> {
         let stamp = self.stamp(privilege);
         if let Some((seen, slot)) = seen.0.get()

@@ -79,7 +79,7 @@ impl Session {
 
     /// Decrypts an envelope whose parts are found without parsing: a binary one by its lengths, an armored one when its
     /// header was seen before. `None` for all other values.
-    #[inline]
+    #[inline(always)]
     fn decrypt_unparsed<W: Wait>(
         &mut self,
         run: &mut Run<'_, W>,
@@ -100,7 +100,7 @@ impl Session {
             }
             Value::Text(text) => {
                 let Some((header, payload)) = self.heads.armored(text) else { return Ok(None) };
-                self.decrypt_armored(run, &header, payload.as_bytes(), reading, sink)?
+                self.decrypt_armored(run, &header, payload, reading, sink)?
             }
         };
         Ok(Some(read_as))
@@ -163,6 +163,7 @@ impl Session {
         Ok(ReadAs::Envelope)
     }
 
+    #[inline(always)]
     fn open_envelope(
         &mut self,
         opened: &OpenedKey,
@@ -219,7 +220,7 @@ impl Session {
     }
 
     /// A DEK of the cache, if it is young enough and the caller may use it; or through another wrap.
-    #[inline]
+    #[inline(always)]
     fn cached_key<W: Wait>(
         &mut self,
         run: &mut Run<'_, W>,
@@ -311,7 +312,7 @@ impl Session {
 }
 
 /// Opens a payload in the sink's memory.
-#[inline]
+#[inline(always)]
 fn open_payload(key: &ExpandedKey, associated: &[u8], payload: &[u8], kind: Kind, sink: &mut dyn Sink) -> Result<()> {
     let payload = Payload::parse(payload)?;
     let Payload { nonce, ciphertext, tag } = payload;

@@ -62,11 +62,15 @@ impl Heads {
         Some((Rc::clone(&known.header), payload))
     }
 
-    /// The header, decoded, and the armored payload of an armored envelope whose header was seen before.
-    pub(super) fn armored<'a>(&mut self, text: &'a str) -> Option<(Rc<[u8]>, &'a str)> {
+    /// The same of one whose header was seen before.
+    #[inline]
+    pub(super) fn armored<'a>(&mut self, text: &'a str) -> Option<(Rc<[u8]>, &'a [u8])> {
+        if let Some(latest) = self.latest(text.as_bytes()) {
+            return Some(latest);
+        }
         let head = head(Value::Text(text))?;
         let known = self.0.get(head)?;
-        Some((Rc::clone(&known.header), &text[head.len() + 1..]))
+        Some((Rc::clone(&known.header), &text.as_bytes()[head.len() + 1..]))
     }
 
     /// Wraps of an envelope whose header was seen before; its payload is not looked at.

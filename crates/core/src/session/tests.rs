@@ -470,3 +470,63 @@ proptest! {
         prop_assert!(opened.is_err(), "byte {}", at);
     }
 }
+
+fn like_latest(world: &mut World, stored: &[u8], reading: Reading<'_>) -> Result<Option<String>> {
+    let (session, mut run) = world.split();
+    let mut out = Vec::new();
+    let found = session.decrypt_like_latest(&mut run, stored, reading, &mut out)?;
+    assert!(matches!(found, None | Some(ReadAs::Envelope)));
+    Ok(found.map(|_| String::from_utf8(out).unwrap()))
+}
+
+#[test]
+fn text_that_is_like_the_latest_is_decrypted_out_of_any_bytes() {
+    let mut world = World::new();
+    let texts: Vec<_> = ["a", "ключ"].map(|each| world.encrypt(each, Sealing::default()).unwrap()).into();
+    world.fresh_session();
+    assert!(like_latest(&mut world, texts[0].as_bytes(), none()).unwrap().is_none(), "nothing was read yet");
+    world.decrypt(&texts[0], none()).unwrap();
+    let read = like_latest(&mut world, texts[1].as_bytes(), none()).unwrap().unwrap();
+    assert_eq!(read, "ключ");
+    let head = texts[0].rfind(':').unwrap();
+    for other in [&b""[..], b"plain", &texts[0].as_bytes()[..head], &texts[0].as_bytes()[1..], b"\xFF\xFE"] {
+        assert!(like_latest(&mut world, other, none()).unwrap().is_none());
+    }
+    for broken in
+        [&texts[0].as_bytes()[..head + 1], &[&texts[0].as_bytes()[..head + 1], b"\xFF\xFE".as_slice()].concat()]
+    {
+        assert!(matches!(like_latest(&mut world, broken, none()), Err(Error::Malformed(_))));
+    }
+    for version in [0, 1, 3] {
+        assert!(
+            like_latest(&mut world, texts[0].as_bytes(), Reading { version: Some(version), ..none() })
+                .unwrap()
+                .is_none()
+        );
+    }
+}
+
+#[test]
+fn a_text_result_is_text_without_zeros() {
+    let mut world = World::new();
+    for (plaintext, is_text) in [
+        (&b""[..], true),
+        (&[b'x'; 300], true),
+        (&[&[b'x'; 300][..], "é".as_bytes()].concat(), true),
+        (&[&[b'x'; 300][..], &[0]].concat(), false),
+        (&[&[b'x'; 300][..], &[0x80]].concat(), false),
+        (&[&[0xFF][..], &[b'x'; 300]].concat(), false),
+        (&[&"é".as_bytes()[..], &[0]].concat(), false),
+        (&[&[0][..], &[b'x'; 3]].concat(), false),
+        (&[0x7F; 40], true),
+        (&[1; 40], true),
+    ] {
+        let sealed = world.encrypt_bytes(plaintext, Sealing::default()).unwrap();
+        let end = Envelope::parse(&sealed).unwrap().header.bytes.len();
+        let text = format!("{}{}", armor::armored_head(&sealed[..end]), armor::encode(&sealed[end..]));
+        match world.decrypt(&text, none()) {
+            Ok(read) => assert!(is_text && read.as_bytes() == plaintext),
+            Err(error) => assert!(!is_text && matches!(error, Error::NotText), "{error}"),
+        }
+    }
+}

@@ -516,7 +516,7 @@ fn a_text_result_is_text_without_zeros() {
         (&[&[b'x'; 300][..], &[0]].concat(), false),
         (&[&[b'x'; 300][..], &[0x80]].concat(), false),
         (&[&[0xFF][..], &[b'x'; 300]].concat(), false),
-        (&[&"é".as_bytes()[..], &[0]].concat(), false),
+        (&["é".as_bytes(), &[0]].concat(), false),
         (&[&[0][..], &[b'x'; 3]].concat(), false),
         (&[0x7F; 40], true),
         (&[1; 40], true),

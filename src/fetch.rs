@@ -3,7 +3,7 @@
 //! A table's values are not in the caches when they are scanned, and waiting for memory, line after line, takes as long
 //! as opening a short value. These are hints: they read nothing, and an address that holds nothing does no harm.
 
-use std::cell::Cell;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Bytes that are loaded together.
 const LINE: usize = 64;
@@ -12,20 +12,21 @@ const MOST: usize = 1024;
 /// Rows of a page lie this close together.
 const PAGE: usize = 8192;
 
-thread_local! {
-    /// Where the last value was, and where the one after it was thought to be.
-    static LAST: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
-}
+/// Where the last value was, and where the one after it was thought to be. Hints: a thread more would make them worse, not wrong.
+/// Finding a thread's own takes a call in a library that is loaded.
+static LAST: AtomicUsize = AtomicUsize::new(0);
+static EXPECTED: AtomicUsize = AtomicUsize::new(0);
 
 /// Has the processor load a value, and the place where the next row's is if it lies as far from this one as this one does
 /// from the last: rows of equal length lie in a page one beside the other.
 #[inline]
 pub fn value(bytes: &[u8]) {
     let at = bytes.as_ptr() as usize;
-    let (last, expected) = LAST.get();
+    let (last, expected) = (LAST.load(Ordering::Relaxed), EXPECTED.load(Ordering::Relaxed));
     let step = at.wrapping_sub(last);
     let next = at.wrapping_add(step);
-    LAST.set((at, next));
+    LAST.store(at, Ordering::Relaxed);
+    EXPECTED.store(next, Ordering::Relaxed);
     let length = bytes.len().min(MOST);
     if at != expected {
         load(at, length);

@@ -169,7 +169,7 @@ DECLARE
 BEGIN
     EXECUTE (job_look.plan).look_sql INTO n, last_row, heads, left_out
         USING job_look.from_row, job_look.to_row, job_look.most_rows;
-    IF n = 1 AND left_out THEN
+    IF n = 1 AND left_out AND job_look.most_rows > 1 THEN
         EXECUTE (job_look.plan).look_sql INTO n, last_row, heads, left_out USING job_look.from_row, job_look.to_row, 1;
     END IF;
 END

@@ -16,7 +16,7 @@ DECLARE
     blocks bigint;
     heads_sql text;
     heads bytea[];
-    -- Half of what the session keeps, so that nothing goes before it is used.
+    -- Half of what the session keeps, so that nothing goes before it is used; of up to 16 KB each.
     most_heads integer;
     unopened bigint := 0;
 BEGIN
@@ -40,7 +40,7 @@ BEGIN
         INTO heads_sql
         FROM pg_attribute a WHERE a.attrelid = verify.relation AND a.attname = ANY (j.columns);
         -- Known by now: the library is loaded.
-        most_heads := greatest(current_setting('vod_tender_crypto.dek_cache_entries')::integer / 2, 1);
+        most_heads := least(greatest(current_setting('vod_tender_crypto.dek_cache_entries')::integer / 2, 1), 8192);
         block := 0;
         blocks := most_blocks;
         WHILE block * current_setting('block_size')::bigint < pg_relation_size(relation) LOOP

@@ -68,11 +68,11 @@ pub fn with<T>(
     })
 }
 
-/// Notes that the last call failed with this SQLSTATE, where its caller handles the failure.
-pub fn failed(sqlstate: &str) {
+/// Notes that the last call failed with this SQLSTATE, because of that key if one is named, where its caller handles the failure.
+pub fn failed(sqlstate: &str, key: Option<&str>) {
     BACKEND.with_borrow_mut(|slot| {
         if let Some(backend) = Backend::existing(slot) {
-            backend.gate.failed(sqlstate, None);
+            backend.gate.failed(sqlstate, key);
         }
     });
 }

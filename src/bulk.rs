@@ -12,6 +12,7 @@ mod vod_tender_crypto {
     use pgrx::prelude::*;
     use vod_tender_core::Error;
     use vod_tender_core::access::Function;
+    use vod_tender_core::envelope::Header;
     use vod_tender_core::provider::NoCalls;
     use vod_tender_core::session::{BulkOperation, BulkTask, Run, Session};
     use vod_tender_core::sink::Sink;
@@ -119,7 +120,10 @@ mod vod_tender_crypto {
         }
         let heads: Vec<_> = heads.iter().flat_map(Array::iter).flatten().collect();
         let refused = backend::with(function(task.operation), Kind::Text, |session, run| {
-            session.prepare_heads(run, task, &heads)
+            let refused = session.prepare_heads(run, task, &heads)?;
+            // What fails from here on is no matter of the last of these calls.
+            run.gate.begin(function(task.operation));
+            Ok(refused)
         });
         for (place, error) in refused.unwrap_or_else(|error| raise(&error, Kind::Text)) {
             refuse(heads[place], &error);
@@ -144,17 +148,42 @@ mod vod_tender_crypto {
             .unwrap_or_else(|error| raise(&error, value.kind()))
     }
 
+    /// Why a value has no new form.
+    #[derive(Clone)]
+    struct Failure {
+        /// An SQLSTATE, or [`RETRY`].
+        code: String,
+        /// The key that it is about.
+        key: Option<String>,
+    }
+
+    impl Failure {
+        fn of(error: &Error, kind: Kind) -> Self {
+            Failure { code: sqlstate_text(error, kind), key: error.key().map(str::to_owned) }
+        }
+
+        /// Tells the audit.
+        fn note(&self) {
+            if self.code != RETRY {
+                backend::failed(&self.code, self.key.as_deref());
+            }
+        }
+    }
+
     thread_local! {
-        /// SQLSTATEs by head: what a key service refused is not asked for again with every value that needs it. Lives
-        /// for one batch; holds no secret.
-        static REFUSED: RefCell<HashMap<Vec<u8>, String>> = RefCell::new(HashMap::new());
+        /// Failures by head: what a key service refused is not asked for again with every value that needs it. Lives for one
+        /// batch; holds no secret.
+        static REFUSED: RefCell<HashMap<Vec<u8>, Failure>> = RefCell::new(HashMap::new());
     }
 
     fn refuse(head: &[u8], error: &Error) {
-        REFUSED.with_borrow_mut(|refused| refused.insert(head.to_vec(), sqlstate_text(error, Kind::Text)));
+        let mut failure = Failure::of(error, Kind::Text);
+        let first_wrap = || Some(Header::parse(head).ok()?.wraps[0].key_name.to_owned());
+        failure.key = failure.key.or_else(first_wrap);
+        REFUSED.with_borrow_mut(|refused| refused.insert(head.to_vec(), failure));
     }
 
-    fn refused(value: Value<'_>) -> Option<String> {
+    fn refused(value: Value<'_>) -> Option<Failure> {
         if REFUSED.with_borrow(HashMap::is_empty) {
             return None;
         }
@@ -184,22 +213,16 @@ mod vod_tender_crypto {
         aad: &Option<TextIn<'_>>,
         version: Option<i32>,
     ) -> Option<Option<Varlena>> {
-        convert(task, value, aad, version).inspect_err(|code| note_failure(code)).ok()
+        convert(task, value, aad, version).inspect_err(Failure::note).ok()
     }
 
     /// Why there is none. Jobs ask after `convert_value` failed, and has noted it; verify() asks this alone.
     fn failure(task: &Task, value: Value<'_>, aad: &Option<TextIn<'_>>, version: Option<i32>) -> Option<String> {
         let failure = convert(task, value, aad, version).err();
         if task.operation == BulkOperation::Verify {
-            failure.iter().for_each(|code| note_failure(code));
+            failure.iter().for_each(Failure::note);
         }
-        failure
-    }
-
-    fn note_failure(code: &str) {
-        if code != RETRY {
-            backend::failed(code);
-        }
+        failure.map(|failure| failure.code)
     }
 
     const RETRY: &str = "retry";
@@ -210,18 +233,18 @@ mod vod_tender_crypto {
         value: Value<'_>,
         aad: &Option<TextIn<'_>>,
         version: Option<i32>,
-    ) -> std::result::Result<Option<Varlena>, String> {
+    ) -> std::result::Result<Option<Varlena>, Failure> {
         const NULL_VALUE_NOT_ALLOWED: &str = "22004";
         let aad = aad.as_ref().and_then(TextIn::get);
         if task.aad_given && aad.is_none() {
             // The expression gave NULL, or no text: the value would be bound to no row.
-            return Err(NULL_VALUE_NOT_ALLOWED.to_owned());
+            return Err(Failure { code: NULL_VALUE_NOT_ALLOWED.to_owned(), key: None });
         }
         let task = task.bulk();
         if task.operation == BulkOperation::Verify
-            && let Some(code) = refused(value)
+            && let Some(failure) = refused(value)
         {
-            return Err(code);
+            return Err(failure);
         }
         let outcome = backend::with(function(task.operation), value.kind(), |session, run| {
             let mut out = Varlena::default();
@@ -245,7 +268,7 @@ mod vod_tender_crypto {
             Err(failure) => failure,
         };
         if not_prepared {
-            return Err(refused(value).unwrap_or_else(|| RETRY.to_owned()));
+            return Err(refused(value).unwrap_or_else(|| Failure { code: RETRY.to_owned(), key: None }));
         }
         if let (BulkOperation::Verify, Error::Service { .. }) = (task.operation, &error)
             && let Some(head) = head_of(value, Session::fetchable_head)
@@ -255,7 +278,7 @@ mod vod_tender_crypto {
         if !is_values_fault {
             raise(&error, value.kind())
         }
-        Err(sqlstate_text(&error, value.kind()))
+        Err(Failure::of(&error, value.kind()))
     }
 
     fn copy(value: Value<'_>) -> Varlena {

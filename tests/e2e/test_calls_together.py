@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import sys
 import time
 from pathlib import Path
@@ -243,6 +244,25 @@ def test_a_job_gets_past_a_wrap_of_its_own_that_is_broken(table, kms):
     job = call(table, "rewrap_table", "b", columns=["v"], key="next")
     assert (job.state, job.rows_done, job.rows_failed) == ("done", 1, 0)
     assert one(table, "SELECT convert_from(envelope_decrypt(v), 'UTF8') FROM b") == "value 1"
+
+
+def test_what_verify_is_refused_is_recorded_under_its_key(table, kms):
+    table.execute("SET vod_tender_crypto.audit = 'table'")
+    table.execute("SELECT vod_tender_crypto.add_key('last', %s)", [kms.kek_uri(kms.create_key())])
+    for n in (ROWS - 1, ROWS):
+        table.execute("UPDATE t SET v = rewrap(v, 'last') WHERE n = %s", [n])
+    other = kms.create_key()
+    for n in (7, 8):
+        value = binary(one(table, "SELECT v FROM t WHERE n = %s", n)).replace(kms.arn.encode(), other.encode())
+        header = one(table, "SELECT vod_tender_crypto.stored_head(%s::bytea)", value)
+        armored = f"kms:v2:{base64.b64encode(header).decode()}:{base64.b64encode(value[len(header):]).decode()}"
+        table.execute("UPDATE t SET v = %s WHERE n = %s", [armored, n])
+    table.execute("SELECT envelope_cache_clear()")
+    assert len(table.execute("SELECT * FROM vod_tender_crypto.verify('t', '{v}')").fetchall()) == 2
+    one(table, "SELECT vod_tender_crypto.flush_audit()")
+    failed = table.execute("""SELECT key, sqlstate, sum(value_count) FROM vod_tender_crypto.audit
+                              WHERE function = 'verify' AND outcome = 'failed' GROUP BY 1, 2""").fetchall()
+    assert failed == [("main", "39000", 2)]
 
 
 def test_an_alias_is_asked_once_in_a_job(table, kms):

@@ -386,6 +386,19 @@ def test_a_refused_prefetch_of_rewraps_is_recorded_as_one(made, roles):
         assert found == [("rewrap", "main", "failed", NO_RIGHT)]
 
 
+def test_a_refusal_is_recorded_under_the_key_that_it_names(mover, roles):
+    """And not under the target, which was for the caller."""
+    role = roles.may("next", "rewrap", what="mover")
+    roles.admin(f"GRANT SELECT ON t TO {role}")
+    mover.execute(f"SET vod_tender_crypto.audit = 'table'; SET ROLE {role}")
+    with fails(NO_RIGHT, 'with key "main"'):
+        one(mover, "SELECT rewrap(v, 'next') FROM t WHERE n = 1")
+    mover.execute("RESET ROLE")
+    one(mover, "SELECT vod_tender_crypto.flush_audit()")
+    failed = mover.execute("SELECT operation, key, sqlstate FROM vod_tender_crypto.audit WHERE outcome = 'failed'").fetchall()
+    assert failed == [("rewrap", "main", NO_RIGHT)]
+
+
 def test_what_cannot_be_recorded_is_not_fetched(made, kms):
     with made.connect() as session:
         session.execute("SET vod_tender_crypto.audit_required = on")

@@ -367,7 +367,7 @@ impl Gate {
         self.attempt = admitted.slot().or(self.attempt);
     }
 
-    /// Notes that what was called failed, under the key that was admitted last or else under `key`.
+    /// Notes that what was called failed: under `key`, which the failure names, or else under the key that was admitted last.
     pub fn failed(&mut self, sqlstate: &str, key: Option<&str>) {
         // What uses no key is open to everybody, and no attempt at anything.
         if self.function == Function::Other {
@@ -375,7 +375,10 @@ impl Gate {
         }
         let outcome = Outcome::Failed(sqlstate.to_owned());
         let used = match self.attempt.take() {
-            Some(slot) => Use { outcome, ..self.uses[slot].0.clone() },
+            Some(slot) => {
+                let tried = self.uses[slot].0.clone();
+                Use { outcome, key: key.map_or(tried.key, str::to_owned), ..tried }
+            }
             None => self.named(self.function.privilege(), key.unwrap_or_default(), &Context::empty(), outcome),
         };
         let slot = self.slot(used);
@@ -512,11 +515,15 @@ mod tests {
         gate.failed("39000", None);
         gate.begin(Function::Decrypt);
         gate.failed("42501", Some("b"));
+        gate.begin(Function::Decrypt);
+        gate.admit(&Seen::default(), Privilege::Decrypt, "a", &Context::empty()).unwrap();
+        gate.failed("08006", Some("c"));
         let uses = gate.take();
         let failed: Vec<_> = uses.iter().filter(|(used, _)| used.outcome != Outcome::Done).collect();
-        assert_eq!(failed.len(), 2);
+        assert_eq!(failed.len(), 3);
         assert_eq!(failed[0].0.key, "a");
         assert_eq!(failed[1].0.key, "b");
+        assert_eq!(failed[2].0.key, "c", "the failure names it");
         assert_eq!(uses[0].1.values, 0, "what failed is not counted as done");
     }
 }

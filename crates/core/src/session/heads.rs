@@ -57,7 +57,8 @@ impl Heads {
     /// next value is likely to have the same.
     #[inline]
     pub(super) fn latest<'a>(&self, stored: &'a [u8]) -> Option<(Rc<[u8]>, &'a [u8])> {
-        let (head, known) = self.0.latest()?;
+        // Those of `bytea` are here too.
+        let (head, known) = self.0.latest().filter(|(head, _)| head.starts_with(armor::PREFIX.as_bytes()))?;
         let payload = stored.strip_prefix(head)?.strip_prefix(b":")?;
         Some((Rc::clone(&known.header), payload))
     }

@@ -54,11 +54,7 @@ impl Session {
             None => return Ok(None),
         };
         let to = run.gate.admit_anew(Privilege::Rewrap, &target.name, &header.context)?;
-        let (source, from, fresh) = self.rewrapped(run, target, &header, own).inspect_err(|error| {
-            if error.key() == Some(&target.name) {
-                run.gate.attempt(to);
-            }
-        })?;
+        let (source, from, fresh) = self.rewrapped(run, target, &header, own)?;
         let mut moved = vec![to];
         if own != Some(source) {
             moved.push(from);

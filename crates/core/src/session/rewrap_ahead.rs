@@ -181,7 +181,7 @@ impl Session {
             if let Failure::OfHead(_) = failure {
                 rewraps.remove(&head.moved_name(target));
             }
-            let admitted = if failure.error().key() == Some(&target.name) { with.to } else { with.from };
+            let admitted = with.from;
             if failure.error().concerns_one_value(Some(&target.name)) && to.asked == Asked::ByCaller {
                 gate.refused(admitted, failure.error());
             }

@@ -206,7 +206,8 @@ BEGIN
         END IF;
         arguments := format('%L, %s, %s, %s', vod_tender_crypto.job_task(plan_job.j, col.aad IS NOT NULL), stored, aad, version);
         head_items := head_items || format(', vod_tender_crypto.needed_head(%s) AS h%s', stored, col.at);
-        -- A header may have a megabyte and a half. A long one is fetched when its row is the only one of a batch.
+        -- A header may have a megabyte and a half. One that is longer than what is fetched with others (`stored_head` knows the
+        -- same bound) is fetched when its row is the only one of a batch.
         heads := concat_ws(' || ', heads, format('array_agg(DISTINCT b.h%1$s) FILTER (WHERE $3 = 1 OR octet_length(b.h%1$s) <= %2$s)',
             col.at, long_head));
         long_heads := concat_ws(' OR ', long_heads, format('bool_or(octet_length(b.h%s) > %s)', col.at, long_head));

@@ -54,6 +54,7 @@ impl ExpandedKey {
             TagMismatch
         })
     }
+
     /// Decrypts into `out`, which has as many bytes as the ciphertext. When the tag does not fit, `out` is overwritten with zeros.
     pub fn open_into<'a>(
         &self,

@@ -183,7 +183,7 @@ impl Admitted {
 
     /// The use at a place. One more is kept, so that it fits into a register.
     fn at(slot: usize) -> Self {
-        Admitted(NonZeroUsize::new(slot.wrapping_add(1)))
+        Admitted(Some(NonZeroUsize::MIN.saturating_add(slot)))
     }
 
     fn slot(self) -> Option<usize> {

@@ -193,13 +193,8 @@ impl SealingCache {
     }
 
     /// Number of keys at hand, for all KEKs and contexts.
-    pub fn len(&self) -> usize {
+    pub(crate) fn at_hand(&self) -> usize {
         self.entries.values().map(|ready| ready.keys.len()).sum()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     /// The headers of the keys at hand.

@@ -58,7 +58,7 @@ impl Session {
                 let count = match limits.max_uses {
                     0..=FEW_USES => {
                         // Of all contexts together no more than the session keeps for opening.
-                        let room = limits.cache_entries.saturating_sub(self.sealing.len()) as u64;
+                        let room = limits.cache_entries.saturating_sub(self.sealing.at_hand()) as u64;
                         self.sealing.taken_up(&kek.name, own_context).min(room).clamp(1, most_ahead(&run.policy))
                     }
                     _ => 1,

@@ -231,18 +231,15 @@ impl Session {
             self.opened.remove(header, &mut self.stats);
             return self.unwrapped_key(run, header);
         }
-        let refused = match run.admit_opening(&opened.seen, &opened.kek.name, &opened.owners, &opened.context) {
+        match run.admit_opening(&opened.seen, &opened.kek.name, &opened.owners, &opened.context) {
             Ok(admitted) => {
                 self.stats.cache_hits += 1;
-                return Ok((opened, admitted));
+                Ok((opened, admitted))
             }
-            Err(error) => error,
-        };
-        match refused {
             // Somebody else opened it through a wrap that is not for this caller. Another wrap may be: it must
             // open the DEK itself, because a header may name wraps that hold nothing.
-            Error::NotGranted { .. } => self.unwrapped_key(run, header),
-            other => Err(other),
+            Err(Error::NotGranted { .. }) => self.unwrapped_key(run, header),
+            Err(other) => Err(other),
         }
     }
 

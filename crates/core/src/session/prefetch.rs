@@ -15,7 +15,9 @@ use crate::keyring::Kek;
 use crate::provider::{ProviderError, Wait, WrappedRef};
 use crate::seal::{Derived, ExpandedKey};
 use crate::session::decrypt::{check_kek_context, more_telling};
-use crate::session::together::{Asked, Down, Failed, Group, Outcome, Prefetched, lanes, together};
+use crate::session::together::{
+    Asked, Down, Failed, Group, Outcome, Prefetched, check_stopped, lanes, next_round, together,
+};
 use crate::session::{Run, Session};
 
 impl Session {
@@ -34,17 +36,7 @@ impl Session {
         // A round for each wrap that has to be tried: most envelopes have one.
         while !wanted.is_empty() {
             let failed = self.fetch_round(run, asked, &down, wanted, &mut outcome)?;
-            wanted = Vec::new();
-            for Failed { head, admitted, failure } in failed {
-                match head.through_another_wrap(run, failure) {
-                    Ok(head) => wanted.push(head),
-                    Err((places, error)) if error.concerns_one_value(None) => outcome.fail(&places, &error),
-                    Err((_, error)) => {
-                        run.gate.attempt(admitted);
-                        return Err(error);
-                    }
-                }
-            }
+            wanted = next_round(run, failed, None, &mut outcome, Wanted::through_another_wrap)?;
         }
         Ok(outcome)
     }
@@ -162,13 +154,8 @@ impl Session {
             Ok(())
         }));
         made.map_err(|source| Error::Service { key: first.name.clone(), source })?;
-        match stopped_by {
-            Some((admitted, error)) => {
-                run.gate.attempt(admitted);
-                Err(error)
-            }
-            None => Ok(failed),
-        }
+        check_stopped(run.gate, stopped_by)?;
+        Ok(failed)
     }
 }
 

@@ -12,7 +12,9 @@ use crate::provider::{Wait, WrappedDek, WrappedRef};
 use crate::seal::Derived;
 use crate::session::decrypt::more_telling;
 use crate::session::rewrap::{Moving, RewrapMemo, is_passing, order, renewed, source};
-use crate::session::together::{Asked, Down, Failed, Group, Outcome, Prefetched, lanes, together};
+use crate::session::together::{
+    Asked, Down, Failed, Group, Outcome, Prefetched, check_stopped, lanes, next_round, together,
+};
 use crate::session::{Run, Session};
 
 /// Where DEKs go.
@@ -112,19 +114,9 @@ impl Session {
         // A round for each wrap that has to be tried: most envelopes have one.
         while !due.is_empty() {
             let failed = self.move_round(run, target, to, down, due, outcome)?;
-            due = Vec::new();
-            for Failed { head, admitted, failure } in failed {
-                match head.through_another_wrap(run, target, failure) {
-                    Ok(head) => due.push(head),
-                    Err((places, error)) if error.concerns_one_value(Some(&target.name)) => {
-                        outcome.fail(&places, &error)
-                    }
-                    Err((_, error)) => {
-                        run.gate.attempt(admitted);
-                        return Err(error);
-                    }
-                }
-            }
+            due = next_round(run, failed, Some(&target.name), outcome, |head, run, failure| {
+                head.through_another_wrap(run, target, failure)
+            })?;
         }
         Ok(())
     }
@@ -181,19 +173,17 @@ impl Session {
             if let Failure::OfHead(_) = failure {
                 rewraps.remove(&head.moved_name(target));
             }
-            let admitted = with.from;
-            if failure.error().concerns_one_value(Some(&target.name)) && to.asked == Asked::ByCaller {
-                gate.refused(admitted, failure.error());
-            }
-            if !failure.error().concerns_one_value(Some(&target.name)) {
+            if failure.error().concerns_one_value(Some(&target.name)) {
+                (to.asked == Asked::ByCaller).then(|| gate.refused(with.from, failure.error()));
+            } else {
                 if let Error::Service { key, source } = failure.error() {
                     down.note(&head.source.name, key, source);
                 }
                 if heads.iter().any(|head| head.ends_with(&failure)) {
-                    stopped_by.get_or_insert((admitted, failure.error().clone()));
+                    stopped_by.get_or_insert((with.from, failure.error().clone()));
                 }
             }
-            let of = |head| Failed { head, admitted, failure: failure.clone() };
+            let of = |head| Failed { head, admitted: with.from, failure: failure.clone() };
             failed.extend(heads.into_iter().map(of));
             if stopped_by.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
@@ -206,13 +196,8 @@ impl Session {
             Ok(())
         }));
         made.map_err(|source| Error::Service { key: target.name.clone(), source })?;
-        match stopped_by {
-            Some((admitted, error)) => {
-                run.gate.attempt(admitted);
-                Err(error)
-            }
-            None => Ok(failed),
-        }
+        check_stopped(run.gate, stopped_by)?;
+        Ok(failed)
     }
 
     /// Whether nothing has to be called for a group any more.

@@ -8,9 +8,10 @@ use std::ops::ControlFlow;
 use futures_util::StreamExt;
 use futures_util::stream;
 
-use crate::access::Admitted;
-use crate::error::Error;
+use crate::access::{Admitted, Gate};
+use crate::error::{Error, Result};
 use crate::provider::ProviderError;
+use crate::session::Run;
 
 /// What a prefetch did.
 #[derive(Debug)]
@@ -115,6 +116,33 @@ pub(super) struct Failed<H, F> {
     pub head: H,
     pub admitted: Admitted,
     pub failure: F,
+}
+
+/// Ends a round that was stopped: the error is about that use of a key.
+pub(super) fn check_stopped(gate: &mut Gate, stopped_by: Option<(Admitted, Error)>) -> Result<()> {
+    let Some((admitted, error)) = stopped_by else { return Ok(()) };
+    gate.attempt(admitted);
+    Err(error)
+}
+
+/// The heads that another round goes on with. What is wrong with single ones is noted; `target` is the KEK that all go to, if
+/// they do.
+pub(super) fn next_round<'k, W, H, F>(
+    run: &mut Run<'k, W>,
+    failed: Vec<Failed<H, F>>,
+    target: Option<&str>,
+    outcome: &mut Outcome,
+    through_another_wrap: impl Fn(H, &Run<'k, W>, F) -> std::result::Result<H, (Vec<usize>, Error)>,
+) -> Result<Vec<H>> {
+    let mut next = Vec::new();
+    for Failed { head, admitted, failure } in failed {
+        match through_another_wrap(head, run, failure) {
+            Ok(head) => next.push(head),
+            Err((places, error)) if error.concerns_one_value(target) => outcome.fail(&places, &error),
+            Err((_, error)) => check_stopped(run.gate, Some((admitted, error)))?,
+        }
+    }
+    Ok(next)
 }
 
 /// The keys that answer nobody, and with what: they are not asked again, and what can be reached through another key is.

@@ -1,5 +1,6 @@
 //! This backend's session: made on first use, checked by process id, brought up to date with every statement.
 
+use std::borrow::Borrow;
 use std::cell::RefCell;
 use std::mem::ManuallyDrop;
 use std::rc::Rc;
@@ -42,12 +43,13 @@ thread_local! {
     static BACKEND: RefCell<Option<ManuallyDrop<Backend>>> = const { RefCell::new(None) };
 }
 
-/// Runs `work` with this backend's session, up to date, for the roles in effect. `kind` is the type of the value at hand.
-pub fn with<T>(
+/// Runs `work` with this backend's session, up to date, for the roles in effect. `kind` is the type of the value at hand. The
+/// error may be boxed: what is large is moved about also where there is none.
+pub fn with<T, E: From<Error> + Borrow<Error>>(
     function: Function,
     kind: Kind,
-    work: impl FnOnce(&mut Session, &mut Run<'_, Waiter>) -> Result<T>,
-) -> Result<T> {
+    work: impl FnOnce(&mut Session, &mut Run<'_, Waiter>) -> std::result::Result<T, E>,
+) -> std::result::Result<T, E> {
     BACKEND.with_borrow_mut(|slot| {
         let backend = Backend::current(slot)?;
         backend.refresh();
@@ -58,9 +60,9 @@ pub fn with<T>(
             audit.borrow_mut().write(&mut backend.gate, None);
         }
         let before = backend.gate.begin(function);
-        let mut run = Run::new(&backend.keyring, backend.policy, &mut backend.waiter, &mut backend.gate);
+        let mut run = Run::new(&backend.keyring, &backend.policy, &mut backend.waiter, &mut backend.gate);
         let result = work(&mut backend.session, &mut run);
-        backend.note(result.as_ref().err(), kind);
+        backend.note(result.as_ref().err().map(E::borrow), kind);
         if function == Function::Other {
             backend.gate.resume(before);
         }

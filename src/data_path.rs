@@ -45,11 +45,11 @@ fn envelope_decrypt_text<'a>(
 ) -> Option<TextOut> {
     let (StoredText(stored), reading) = (value?, reading(&aad, &context, version));
     let out = run(Function::Decrypt, Kind::Text, |session, run, out| {
-        if session.decrypt_like_latest(run, stored, reading, out)?.is_some() {
+        if session.decrypt_cached(run, Kind::Text, stored, reading, out).is_some() {
             return Ok(());
         }
         let text = to_utf8(stored).ok_or(Error::ArgumentNotText)?;
-        session.decrypt(run, Value::Text(&text), reading, out).map(warn_if_plaintext)
+        session.decrypt_any(run, Value::Text(&text), reading, out).map(warn_if_plaintext)
     });
     out.map(TextOut)
 }
@@ -61,9 +61,12 @@ fn envelope_decrypt_bytea<'a>(
     context: default!(Option<ContextIn>, "NULL"),
     version: default!(Option<i32>, "NULL"),
 ) -> Option<BytesOut> {
-    let (value, reading) = (Value::Bytes(value?.0), reading(&aad, &context, version));
+    let (BytesIn(stored), reading) = (value?, reading(&aad, &context, version));
     let out = run(Function::Decrypt, Kind::Bytes, |session, run, out| {
-        session.decrypt(run, value, reading, out).map(warn_if_plaintext)
+        if session.decrypt_cached(run, Kind::Bytes, stored, reading, out).is_some() {
+            return Ok(());
+        }
+        session.decrypt_any(run, Value::Bytes(stored), reading, out).map(warn_if_plaintext)
     });
     out.map(BytesOut)
 }
@@ -223,7 +226,7 @@ fn run(
     work: impl FnOnce(&mut Session, &mut Run<'_, Waiter>, &mut Varlena) -> Result<()>,
 ) -> Option<Varlena> {
     let mut out = Varlena::default();
-    match backend::with(function, kind, |session, run| work(session, run, &mut out)) {
+    match backend::with(function, kind, |session, run| work(session, run, &mut out).map_err(Box::new)) {
         Ok(()) => Some(out),
         Err(error) => raise(&error, kind),
     }

@@ -53,7 +53,7 @@ impl Sink for Varlena {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn opened(&mut self, key: &ExpandedKey, sealed: Sealed<'_>) -> Result<&mut [u8], Error> {
         let start = self.allocate(sealed.ciphertext.len())?.cast::<MaybeUninit<u8>>();
         // SAFETY: that many bytes were allocated.
@@ -64,6 +64,7 @@ impl Sink for Varlena {
 
 impl Varlena {
     /// Room for `len` bytes that the caller must initialise before anything else is done with the result.
+    #[inline(always)]
     fn allocate(&mut self, len: usize) -> Result<*mut u8, Error> {
         if len > MAX_ALLOC - HEADER {
             return Err(Error::TooLarge);
@@ -72,8 +73,8 @@ impl Varlena {
         // SAFETY: the size is within PostgreSQL's limit. Where memory was given, the pointer stays within it.
         unsafe {
             let start = MemoryContextAllocExtended(pg_sys::CurrentMemoryContext, len + HEADER, flags).cast::<u8>();
-            self.start = Some(std::ptr::NonNull::new(start).ok_or(Error::TooLarge)?);
-            self.length = len;
+            let Some(given) = std::ptr::NonNull::new(start) else { return Err(Error::TooLarge) };
+            (self.start, self.length) = (Some(given), len);
             Ok(start.add(HEADER))
         }
     }

@@ -100,7 +100,7 @@ impl ExpandedKey {
 
     /// Decrypts into `out`, which has as many bytes as the ciphertext, without a copy between. When the tag does not fit, `out` is
     /// overwritten with zeros.
-    #[inline]
+    #[inline(always)]
     pub fn open_into<'a>(
         &self,
         sealed: Sealed<'_>,
@@ -124,7 +124,7 @@ impl ExpandedKey {
 
     /// # Safety
     /// `from` and `to` have `length` bytes each; they are the same or do not overlap.
-    #[inline]
+    #[inline(always)]
     unsafe fn open_at(
         &self,
         nonce: &[u8; NONCE_BYTES],

@@ -2,6 +2,7 @@
 
 mod ahead;
 mod bulk;
+mod cached;
 mod convert;
 mod decrypt;
 mod encrypt;
@@ -63,7 +64,7 @@ pub struct Run<'a, W> {
     /// The configured keys.
     pub keyring: &'a Keyring,
     /// The policies.
-    pub policy: Policy,
+    pub policy: &'a Policy,
     /// Waits for key services.
     pub wait: &'a mut W,
     /// Lets the caller through to the keys.
@@ -107,7 +108,7 @@ fn bind<'a>(associated: &'a mut Vec<u8>, prefix: &[u8], aad: &str) -> Result<&'a
 
 impl<'a, W> Run<'a, W> {
     /// What the caller runs an operation with.
-    pub fn new(keyring: &'a Keyring, policy: Policy, wait: &'a mut W, gate: &'a mut Gate) -> Self {
+    pub fn new(keyring: &'a Keyring, policy: &'a Policy, wait: &'a mut W, gate: &'a mut Gate) -> Self {
         Run { keyring, policy, wait, gate, purpose: Purpose::Read }
     }
 
@@ -119,6 +120,14 @@ impl<'a, W> Run<'a, W> {
     /// The same, for what is opened only to be sealed under the key `to`.
     fn moving<'b>(&'b mut self, to: &'b str) -> Run<'b, W> {
         self.with(Purpose::Move(to))
+    }
+
+    /// The same under other policies.
+    fn under<'b>(&'b mut self, policy: &'b Policy) -> Run<'b, W>
+    where
+        'a: 'b,
+    {
+        Run { policy, ..self.with(self.purpose) }
     }
 
     fn with<'b>(&'b mut self, purpose: Purpose<'b>) -> Run<'b, W> {

@@ -82,7 +82,7 @@ impl Bench {
         work: impl FnOnce(&mut Session, &mut Run<'_, AtOnce>, &mut Room) -> Result<()>,
     ) -> &[u8] {
         self.gate.begin(function);
-        let mut run = Run::new(&self.keyring, self.policy, &mut self.wait, &mut self.gate);
+        let mut run = Run::new(&self.keyring, &self.policy, &mut self.wait, &mut self.gate);
         work(&mut self.session, &mut run, &mut self.out).expect("it works");
         &self.out.0[..self.out.1]
     }

@@ -59,7 +59,7 @@ impl Session {
                     0..=FEW_USES => {
                         // Of all contexts together no more than the session keeps for opening.
                         let room = limits.cache_entries.saturating_sub(self.sealing.at_hand()) as u64;
-                        self.sealing.taken_up(&kek.name, own_context).min(room).clamp(1, most_ahead(&run.policy))
+                        self.sealing.taken_up(&kek.name, own_context).min(room).clamp(1, most_ahead(run.policy))
                     }
                     _ => 1,
                 };
@@ -104,7 +104,7 @@ impl Session {
         if ready >= needed {
             return Ok(());
         }
-        let count = (wanted.max(needed) - ready).div_ceil(limits.max_uses).min(most_ahead(&run.policy));
+        let count = (wanted.max(needed) - ready).div_ceil(limits.max_uses).min(most_ahead(run.policy));
         let (check_wraps, made_for) = (task.check_wraps, MadeFor::Job);
         match self.make(run, Order { kek, own_context, count, check_wraps, made_for })? {
             Some(failure) if self.sealing.ready_for(&kek.name, own_context, now, &limits) < needed => Err(failure),

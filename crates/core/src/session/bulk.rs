@@ -12,7 +12,7 @@ use crate::envelope::Header;
 use crate::error::{Error, Mismatch, Result};
 use crate::info::StoredUnder;
 use crate::keyring::{Keyring, LEGACY_KEY};
-use crate::policy::{Limits, PlaintextReads};
+use crate::policy::{Limits, PlaintextReads, Policy};
 use crate::provider::{Wait, WrappedRef};
 use crate::session::decrypt::unwrap_one;
 use crate::session::heads::Form;
@@ -114,13 +114,10 @@ impl Session {
                 }
                 let sealing = Sealing { key: task.key, context: task.context, aad };
                 // What looks like ciphertext is never taken for plaintext by a guess: its legacy key may be missing.
-                let allowed = run.policy.plaintext_reads;
-                if version.is_none() && direct_shape(value).is_ok() {
-                    run.policy.plaintext_reads = PlaintextReads::Refuse;
-                }
-                let upgraded = self.upgrade(run, value, sealing, version, sink);
-                run.policy.plaintext_reads = allowed;
-                upgraded.map(|_| true)
+                let refusing = Policy { plaintext_reads: PlaintextReads::Refuse, ..*run.policy };
+                let is_guessed = version.is_none() && direct_shape(value).is_ok();
+                let policy = if is_guessed { &refusing } else { run.policy };
+                self.upgrade(&mut run.under(policy), value, sealing, version, sink).map(|_| true)
             }
             BulkOperation::Rewrap | BulkOperation::Downgrade if !self.is_version_2(run, value)? => Ok(false),
             BulkOperation::Rewrap => self.rewrap(run, value, task.key, sink),

@@ -5,7 +5,6 @@ use std::rc::Rc;
 use zeroize::Zeroize;
 
 use crate::access::{Admitted, Seen};
-use crate::armor;
 use crate::cache::{KekIdentity, OpenedKey, is_young};
 use crate::context::Context;
 use crate::envelope::{FLAG_AAD, FLAGS_AT, Header, Payload, Wrap, bound_prefix};
@@ -16,7 +15,7 @@ use crate::seal::{Derived, ExpandedKey, Sealed};
 use crate::session::legacy::Plain;
 use crate::session::{KEPT_BYTES, Purpose, Run, Session, bind};
 use crate::sink::Sink;
-use crate::stored::{Kind, Stored, Value, head};
+use crate::stored::{Kind, Stored, Value};
 
 /// What the caller says about the value to read.
 #[derive(Debug, Clone, Copy, Default)]
@@ -44,7 +43,22 @@ pub enum ReadAs {
 
 impl Session {
     /// Decrypts a value into `sink`.
-    pub fn decrypt<W: Wait>(
+    pub fn decrypt<W: Wait, S: Sink>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        value: Value<'_>,
+        reading: Reading<'_>,
+        sink: &mut S,
+    ) -> Result<ReadAs> {
+        match self.decrypt_cached(run, value.kind(), value.bytes(), reading, sink) {
+            Some(read_as) => Ok(read_as),
+            None => self.decrypt_any(run, value, reading, sink),
+        }
+    }
+
+    /// The same for a value that [`Session::decrypt_cached`] did not decrypt.
+    #[cold]
+    pub fn decrypt_any<W: Wait>(
         &mut self,
         run: &mut Run<'_, W>,
         value: Value<'_>,
@@ -52,20 +66,18 @@ impl Session {
         sink: &mut dyn Sink,
     ) -> Result<ReadAs> {
         check_version(reading.version)?;
-        if let None | Some(2) = reading.version
-            && let Some(read_as) = self.decrypt_unparsed(run, value, reading, sink)?
-        {
-            return Ok(read_as);
-        }
         match Stored::parse(value)? {
             Stored::Other(value) => self.read_other(run, value, reading.version, Plain::ByPolicy, sink),
             _ if matches!(reading.version, Some(0 | 1)) => {
                 Err(Error::VersionMismatch(reading.version.unwrap_or_default()))
             }
             Stored::Envelope { header, payload } => {
-                let read_as = self.decrypt_parts(run, &header, &payload, None, reading, value.kind(), sink)?;
+                watch_envelope(run, &header, &payload)?;
+                let (opened, admitted) = self.opened_key(run, &header)?;
+                self.open_envelope(&opened, &header, &payload, reading, value.kind(), sink)?;
+                run.gate.done(admitted);
                 self.heads.remember(value, &header, &run.policy.limits)?;
-                Ok(read_as)
+                Ok(ReadAs::Envelope)
             }
             Stored::Literal { blob, payload } => {
                 watch(run, &payload, &run.keyring.default_key, &Context::empty());
@@ -77,101 +89,16 @@ impl Session {
         }
     }
 
-    /// Decrypts an envelope whose parts are found without parsing: a binary one by its lengths, an armored one when its
-    /// header was seen before. `None` for all other values.
+    /// Opens an envelope's payload under its DEK, if the caller says of it what is so.
     #[inline(always)]
-    fn decrypt_unparsed<W: Wait>(
-        &mut self,
-        run: &mut Run<'_, W>,
-        value: Value<'_>,
-        reading: Reading<'_>,
-        sink: &mut dyn Sink,
-    ) -> Result<Option<ReadAs>> {
-        let read_as = match value {
-            Value::Bytes(bytes) => {
-                let (header, cached) = match self.opened.latest(bytes) {
-                    Some((header, opened)) => (header, Some(opened)),
-                    None => match head(value) {
-                        Some(header) => (header, None),
-                        None => return Ok(None),
-                    },
-                };
-                self.decrypt_parts(run, header, &bytes[header.len()..], cached, reading, Kind::Bytes, sink)?
-            }
-            Value::Text(text) => {
-                let Some((header, payload)) = self.heads.armored(text) else { return Ok(None) };
-                self.decrypt_armored(run, &header, payload, reading, sink)?
-            }
-        };
-        Ok(Some(read_as))
-    }
-
-    /// Decrypts a stored text if it is an armored envelope with the header that was asked for last, whatever else its bytes are;
-    /// `None` for all other texts. For a caller who would have to check first that they are text.
-    #[inline]
-    pub fn decrypt_like_latest<W: Wait>(
-        &mut self,
-        run: &mut Run<'_, W>,
-        stored: &[u8],
-        reading: Reading<'_>,
-        sink: &mut dyn Sink,
-    ) -> Result<Option<ReadAs>> {
-        match (reading.version, self.heads.latest(stored)) {
-            (None | Some(2), Some((header, payload))) => {
-                self.decrypt_armored(run, &header, payload, reading, sink).map(Some)
-            }
-            _ => Ok(None),
-        }
-    }
-
-    fn decrypt_armored<W: Wait>(
-        &mut self,
-        run: &mut Run<'_, W>,
-        header: &[u8],
-        payload: &[u8],
-        reading: Reading<'_>,
-        sink: &mut dyn Sink,
-    ) -> Result<ReadAs> {
-        let mut decoded = std::mem::take(&mut self.sealed);
-        armor::decode_payload_into(payload, &mut decoded)?;
-        let read_as = self.decrypt_parts(run, header, &decoded, None, reading, Kind::Text, sink)?;
-        self.sealed = decoded;
-        self.trim();
-        Ok(read_as)
-    }
-
-    /// Opens a payload under the DEK that the header holds, which may be at hand.
-    #[expect(clippy::too_many_arguments, reason = "an envelope's parts and what is said about them")]
-    #[inline]
-    fn decrypt_parts<W: Wait>(
-        &mut self,
-        run: &mut Run<'_, W>,
-        header: &[u8],
-        payload: &[u8],
-        cached: Option<Rc<OpenedKey>>,
-        reading: Reading<'_>,
-        kind: Kind,
-        sink: &mut dyn Sink,
-    ) -> Result<ReadAs> {
-        watch_envelope(run, header, payload)?;
-        let (opened, admitted) = match cached {
-            Some(opened) => self.cached_key(run, header, opened)?,
-            None => self.opened_key(run, header)?,
-        };
-        self.open_envelope(&opened, header, payload, reading, kind, sink)?;
-        run.gate.done(admitted);
-        Ok(ReadAs::Envelope)
-    }
-
-    #[inline(always)]
-    fn open_envelope(
+    pub(super) fn open_envelope<S: Sink + ?Sized>(
         &mut self,
         opened: &OpenedKey,
         header: &[u8],
         payload: &[u8],
         reading: Reading<'_>,
         kind: Kind,
-        sink: &mut dyn Sink,
+        sink: &mut S,
     ) -> Result<()> {
         let aad = match (header[FLAGS_AT] & FLAG_AAD != 0, reading.aad) {
             (true, None) => return Err(Error::Unverified(Mismatch::AadMissing)),
@@ -220,7 +147,6 @@ impl Session {
     }
 
     /// A DEK of the cache, if it is young enough and the caller may use it; or through another wrap.
-    #[inline(always)]
     fn cached_key<W: Wait>(
         &mut self,
         run: &mut Run<'_, W>,
@@ -310,14 +236,19 @@ impl Session {
 
 /// Opens a payload in the sink's memory.
 #[inline(always)]
-fn open_payload(key: &ExpandedKey, associated: &[u8], payload: &[u8], kind: Kind, sink: &mut dyn Sink) -> Result<()> {
+fn open_payload<S: Sink + ?Sized>(
+    key: &ExpandedKey,
+    associated: &[u8],
+    payload: &[u8],
+    kind: Kind,
+    sink: &mut S,
+) -> Result<()> {
     let payload = Payload::parse(payload)?;
     let Payload { nonce, ciphertext, tag } = payload;
     check_text(kind, sink.opened(key, Sealed { nonce, associated, ciphertext, tag })?)
 }
 
 /// Raises the alarm when an envelope is watched.
-#[inline]
 fn watch_envelope<W>(run: &mut Run<'_, W>, header: &[u8], payload: &[u8]) -> Result<()> {
     if run.keyring.honey.has(payload) {
         let header = Header::parse(header)?;
@@ -389,6 +320,7 @@ fn check_expected(own: &Context, expected: Option<&Context>) -> Result<()> {
 }
 
 /// A `text` result must be text: what is not is overwritten and refused.
+#[inline]
 pub(super) fn check_text(kind: Kind, out: &mut [u8]) -> Result<()> {
     // Most text is ASCII, and for that alone the check is the faster one.
     if kind == Kind::Bytes || is_ascii_without_zeros(out) {

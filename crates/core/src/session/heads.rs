@@ -7,7 +7,7 @@ use crate::cache::{Bounded, ByCommitment};
 use crate::envelope::{Header, Payload, Wrap};
 use crate::error::Result;
 use crate::policy::Limits;
-use crate::stored::{Stored, Value, head};
+use crate::stored::{Stored, Value, armored_head, head};
 
 /// A wrap's key name and KEK id.
 pub(super) type Under = (String, String);
@@ -56,7 +56,7 @@ impl Heads {
     /// The header, decoded, and the armored payload of an armored envelope whose header is the one that was asked for last: the
     /// next value is likely to have the same.
     #[inline]
-    pub(super) fn latest<'a>(&self, stored: &'a [u8]) -> Option<(Rc<[u8]>, &'a [u8])> {
+    fn latest<'a>(&self, stored: &'a [u8]) -> Option<(Rc<[u8]>, &'a [u8])> {
         // Those of `bytea` are here too.
         let (head, known) = self.0.latest().filter(|(head, _)| head.starts_with(armor::PREFIX.as_bytes()))?;
         let payload = stored.strip_prefix(head)?.strip_prefix(b":")?;
@@ -65,13 +65,13 @@ impl Heads {
 
     /// The same of one whose header was seen before.
     #[inline]
-    pub(super) fn armored<'a>(&mut self, text: &'a str) -> Option<(Rc<[u8]>, &'a [u8])> {
-        if let Some(latest) = self.latest(text.as_bytes()) {
+    pub(super) fn armored<'a>(&mut self, stored: &'a [u8]) -> Option<(Rc<[u8]>, &'a [u8])> {
+        if let Some(latest) = self.latest(stored) {
             return Some(latest);
         }
-        let head = head(Value::Text(text))?;
+        let head = armored_head(stored).filter(|head| head.starts_with(armor::PREFIX.as_bytes()))?;
         let known = self.0.get(head)?;
-        Some((Rc::clone(&known.header), &text.as_bytes()[head.len() + 1..]))
+        Some((Rc::clone(&known.header), &stored[head.len() + 1..]))
     }
 
     /// Wraps of an envelope whose header was seen before; its payload is not looked at.

@@ -26,7 +26,7 @@ impl World {
     /// What a job makes of a value with what was prepared. It can call nothing.
     fn converts(&mut self, value: &[u8], key: &str) -> Vec<u8> {
         let mut no_calls = NoCalls::default();
-        let mut run = Run::new(&self.keyring, self.policy, &mut no_calls, &mut self.gate);
+        let mut run = Run::new(&self.keyring, &self.policy, &mut no_calls, &mut self.gate);
         let mut out = Vec::new();
         assert!(self.session.convert(&mut run, job(key), Value::Bytes(value), None, None, &mut out).unwrap());
         self.session.assure(&mut run, job(key), Value::Bytes(&out)).unwrap();

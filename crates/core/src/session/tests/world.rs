@@ -291,7 +291,7 @@ impl World {
     }
 
     pub(super) fn split(&mut self) -> (&mut Session, Run<'_, Polling>) {
-        (&mut self.session, Run::new(&self.keyring, self.policy, &mut self.wait, &mut self.gate))
+        (&mut self.session, Run::new(&self.keyring, &self.policy, &mut self.wait, &mut self.gate))
     }
 
     pub(super) fn encrypt(&mut self, plaintext: &str, sealing: Sealing<'_>) -> Result<String> {

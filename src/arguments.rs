@@ -134,7 +134,7 @@ pub fn to_utf8(bytes: &[u8]) -> Option<Cow<'_, str>> {
         // SAFETY: ASCII is UTF-8. Asked first because most values are, and the general check takes several times as long.
         return Some(Cow::Borrowed(unsafe { std::str::from_utf8_unchecked(bytes) }));
     }
-    if server_is(pg_sys::pg_enc::PG_UTF8) || server_is(pg_sys::pg_enc::PG_SQL_ASCII) {
+    if stores_utf8() {
         return std::str::from_utf8(bytes).ok().map(Cow::Borrowed);
     }
     let utf8 = convert(bytes, server_encoding(), UTF8)?;
@@ -151,9 +151,15 @@ pub enum InServerEncoding {
     Impossible,
 }
 
+/// Whether UTF-8 is stored as it is, whatever the text.
+#[inline]
+pub fn stores_utf8() -> bool {
+    server_is(pg_sys::pg_enc::PG_UTF8) || server_is(pg_sys::pg_enc::PG_SQL_ASCII)
+}
+
 /// UTF-8 in the server's encoding.
 pub fn from_utf8(text: &[u8]) -> InServerEncoding {
-    if server_is(pg_sys::pg_enc::PG_UTF8) || server_is(pg_sys::pg_enc::PG_SQL_ASCII) || text.is_ascii() {
+    if stores_utf8() || text.is_ascii() {
         return InServerEncoding::Same;
     }
     convert(text, UTF8, server_encoding()).map_or(InServerEncoding::Impossible, InServerEncoding::Converted)

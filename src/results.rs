@@ -9,7 +9,7 @@ use vod_tender_core::seal::{ExpandedKey, Sealed};
 use vod_tender_core::sink::Sink;
 use vod_tender_core::stored::Kind;
 
-use crate::arguments::{InServerEncoding, from_utf8, to_utf8};
+use crate::arguments::{InServerEncoding, from_utf8, stores_utf8, to_utf8};
 use crate::errors::raise;
 
 /// Bytes of a varlena's length word.
@@ -144,7 +144,16 @@ unsafe impl BoxRet for TextOut {
 }
 
 impl TextOut {
+    #[inline]
     fn into_encoded(mut self) -> pg_sys::Datum {
+        if !stores_utf8() {
+            self.encode();
+        }
+        self.0.into_datum()
+    }
+
+    #[cold]
+    fn encode(&mut self) {
         match from_utf8(self.0.content()) {
             InServerEncoding::Same => {}
             InServerEncoding::Converted(bytes) => self.0.replace(&bytes),
@@ -153,6 +162,5 @@ impl TextOut {
                 raise(&Error::NotText, Kind::Text)
             }
         }
-        self.0.into_datum()
     }
 }

@@ -7,8 +7,9 @@ pub(crate) use bounded::{Bounded, MOST_HEAD_BYTES};
 pub use sealing::{MadeFor, SealingCache, SealingKey};
 
 use std::borrow::Cow;
+use std::cell::RefCell;
 use std::hash::{BuildHasher, Hasher};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 
 use crate::access::Seen;
 use crate::context::Context;
@@ -107,7 +108,6 @@ impl OpenedCache {
 
     /// The entry for a header, or for a literal form's blob; it may be too old. Flags do not count: one DEK serves with and
     /// without aad.
-    #[inline]
     pub fn get(&mut self, header: &[u8]) -> Option<Rc<OpenedKey>> {
         if let Some((name, entry)) = self.entries.latest()
             && is_named(header, name)
@@ -115,6 +115,21 @@ impl OpenedCache {
             return Some(Rc::clone(entry));
         }
         self.entries.get(&name_of(header)).map(|entry| Rc::clone(entry))
+    }
+
+    /// The same for a header that was asked for before: `found` is what was found then. If that is the entry that was asked for
+    /// last, it is known without comparing headers.
+    #[inline]
+    pub fn get_known(&mut self, header: &[u8], found: &RefCell<Weak<OpenedKey>>) -> Option<Rc<OpenedKey>> {
+        if let Some((_, entry)) = self.entries.latest()
+            && std::ptr::eq(found.borrow().as_ptr(), Rc::as_ptr(entry))
+        {
+            return Some(Rc::clone(entry));
+        }
+        let entry = self.get(header)?;
+        // Weak: what the cache drops is overwritten then. While it is here, nothing else can have its address.
+        *found.borrow_mut() = Rc::downgrade(&entry);
+        Some(entry)
     }
 
     /// The entry, if it is not too old.

@@ -57,8 +57,9 @@ impl Session {
         reading: Reading<'_>,
         sink: &mut S,
     ) -> Option<ReadAs> {
-        let (header, payload) = self.heads.armored(stored)?;
-        let opened = self.opened.get(&header)?;
+        let (known, payload) = self.heads.armored(stored)?;
+        let header = Rc::clone(&known.header);
+        let opened = self.opened.get_known(&header, &known.opened)?;
         let mut sealed = std::mem::take(&mut self.sealed);
         let read_as = match armor::decode_payload_into(payload, &mut sealed) {
             Ok(()) => self.open_cached(run, &opened, &header, &sealed, reading, Kind::Text, sink),

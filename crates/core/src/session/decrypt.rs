@@ -333,9 +333,17 @@ pub(super) fn check_text(kind: Kind, out: &mut [u8]) -> Result<()> {
     Ok(())
 }
 
-/// In one pass, many bytes at a time: no byte has its high bit, and none borrows from it.
+/// In one pass, many bytes at a time: no byte has its high bit, and none gets it when one is taken from each.
 fn is_ascii_without_zeros(text: &[u8]) -> bool {
-    text.iter().fold(0, |seen, &byte| seen | byte | byte.wrapping_sub(1)) < 0x80
+    const ONES: u64 = u64::MAX / 0xFF;
+    let Some(last) = text.last_chunk() else { return text.iter().all(|byte| (1..0x80).contains(byte)) };
+    let look = |bytes: &[u8; 8]| {
+        let word = u64::from_ne_bytes(*bytes);
+        word | word.wrapping_sub(ONES)
+    };
+    let (words, _) = text.as_chunks();
+    // The last ones may be seen twice, because fewer cannot be looked at together.
+    words.iter().fold(look(last), |seen, bytes| seen | look(bytes)) & (ONES << 7) == 0
 }
 
 pub(super) fn copy(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {

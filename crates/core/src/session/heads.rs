@@ -1,9 +1,10 @@
 //! What the headers of stored envelopes say, remembered: a table has many values for each header.
 
-use std::rc::Rc;
+use std::cell::RefCell;
+use std::rc::{Rc, Weak};
 
 use crate::armor;
-use crate::cache::{Bounded, ByCommitment};
+use crate::cache::{Bounded, ByCommitment, OpenedKey};
 use crate::envelope::{Header, Payload, Wrap};
 use crate::error::Result;
 use crate::policy::Limits;
@@ -29,6 +30,8 @@ pub(super) struct Known {
     pub wraps: Rc<[Under]>,
     /// The header, decoded.
     pub header: Rc<[u8]>,
+    /// The DEK that it was last found to have, as long as that is cached.
+    pub opened: RefCell<Weak<OpenedKey>>,
 }
 
 /// Headers by their stored form. Holds no secret.
@@ -53,25 +56,22 @@ impl Heads {
 }
 
 impl Heads {
-    /// The header, decoded, and the armored payload of an armored envelope whose header is the one that was asked for last: the
-    /// next value is likely to have the same.
+    /// What is known of the header of an armored envelope, if it was seen before; and the armored payload.
     #[inline]
-    fn latest<'a>(&self, stored: &'a [u8]) -> Option<(Rc<[u8]>, &'a [u8])> {
-        // Those of `bytea` are here too.
-        let (head, known) = self.0.latest().filter(|(head, _)| head.starts_with(armor::PREFIX.as_bytes()))?;
-        let payload = stored.strip_prefix(head)?.strip_prefix(b":")?;
-        Some((Rc::clone(&known.header), payload))
+    pub(super) fn armored<'a>(&mut self, stored: &'a [u8]) -> Option<(&Known, &'a [u8])> {
+        if let Some(payload) = self.payload_behind_latest(stored) {
+            return self.0.latest().map(|(_, known)| (known, payload));
+        }
+        let head = armored_head(stored).filter(|head| is_armored(head))?;
+        let known = self.0.get(head)?;
+        Some((known, &stored[head.len() + 1..]))
     }
 
-    /// The same of one whose header was seen before.
+    /// What follows in a text that begins as the envelope that was asked for last: the next value is likely to.
     #[inline]
-    pub(super) fn armored<'a>(&mut self, stored: &'a [u8]) -> Option<(Rc<[u8]>, &'a [u8])> {
-        if let Some(latest) = self.latest(stored) {
-            return Some(latest);
-        }
-        let head = armored_head(stored).filter(|head| head.starts_with(armor::PREFIX.as_bytes()))?;
-        let known = self.0.get(head)?;
-        Some((Rc::clone(&known.header), &stored[head.len() + 1..]))
+    fn payload_behind_latest<'a>(&self, stored: &'a [u8]) -> Option<&'a [u8]> {
+        let (head, _) = self.0.latest().filter(|(head, _)| is_armored(head))?;
+        stored.strip_prefix(head)?.strip_prefix(b":")
     }
 
     /// Wraps of an envelope whose header was seen before; its payload is not looked at.
@@ -83,12 +83,17 @@ impl Heads {
     pub(super) fn remember(&mut self, value: Value<'_>, header: &[u8], limits: &Limits) -> Result<Known> {
         let under = |wrap: &Wrap<'_>| (wrap.key_name.to_owned(), wrap.kek_id.to_owned());
         let wraps = Header::parse(header)?.wraps.iter().map(under).collect();
-        let known = Known { wraps, header: header.into() };
+        let known = Known { wraps, header: header.into(), opened: RefCell::default() };
         if let Some(head) = head(value) {
             self.0.put(head.into(), known.clone(), limits.cache_entries);
         }
         Ok(known)
     }
+}
+
+/// Whether a header that was seen is an armored one: those of `bytea` are here too.
+fn is_armored(head: &[u8]) -> bool {
+    head.starts_with(armor::PREFIX.as_bytes())
 }
 
 /// Checks the part of a value behind a header that is known to be well-formed.

@@ -43,8 +43,8 @@ thread_local! {
     static BACKEND: RefCell<Option<ManuallyDrop<Backend>>> = const { RefCell::new(None) };
 }
 
-/// Runs `work` with this backend's session, up to date, for the roles in effect. `kind` is the type of the value at hand. The
-/// error may be boxed: what is large is moved about also where there is none.
+/// Runs `work` with this backend's session, up to date, for the roles in effect. `kind` is the type of the value at
+/// hand. The error may be boxed: a large one is moved about also where there is none.
 pub fn with<T, E: From<Error> + Borrow<Error>>(
     function: Function,
     kind: Kind,

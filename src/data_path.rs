@@ -4,11 +4,11 @@
 
 use pgrx::prelude::*;
 use pgrx::{JsonB, default};
+use vod_tender_core::Error;
 use vod_tender_core::access::Function;
 use vod_tender_core::info::describe;
 use vod_tender_core::session::{ReadAs, Reading, Run, Sealing, Session};
 use vod_tender_core::stored::{self, Kind, Value};
-use vod_tender_core::{Error, Result};
 
 use crate::arguments::{BytesIn, ContextIn, StoredText, TextIn, to_utf8};
 use crate::backend;
@@ -45,11 +45,12 @@ fn envelope_decrypt_text<'a>(
 ) -> Option<TextOut> {
     let (StoredText(stored), reading) = (value?, reading(&aad, &context, version));
     let out = run(Function::Decrypt, Kind::Text, |session, run, out| {
-        if session.decrypt_cached(run, Kind::Text, stored, reading, out).is_some() {
+        // Session::decrypt() in two steps: for the first it need not be text.
+        if session.decrypt_cached(run, Kind::Text, stored, reading, out)? {
             return Ok(());
         }
         let text = to_utf8(stored).ok_or(Error::ArgumentNotText)?;
-        session.decrypt_any(run, Value::Text(&text), reading, out).map(warn_if_plaintext)
+        Ok(session.decrypt_any(run, Value::Text(&text), reading, out).map(warn_if_plaintext)?)
     });
     out.map(TextOut)
 }
@@ -61,12 +62,9 @@ fn envelope_decrypt_bytea<'a>(
     context: default!(Option<ContextIn>, "NULL"),
     version: default!(Option<i32>, "NULL"),
 ) -> Option<BytesOut> {
-    let (BytesIn(stored), reading) = (value?, reading(&aad, &context, version));
+    let (value, reading) = (Value::Bytes(value?.0), reading(&aad, &context, version));
     let out = run(Function::Decrypt, Kind::Bytes, |session, run, out| {
-        if session.decrypt_cached(run, Kind::Bytes, stored, reading, out).is_some() {
-            return Ok(());
-        }
-        session.decrypt_any(run, Value::Bytes(stored), reading, out).map(warn_if_plaintext)
+        session.decrypt(run, value, reading, out).map(warn_if_plaintext)
     });
     out.map(BytesOut)
 }
@@ -165,11 +163,11 @@ fn encrypt(
     aad: &Option<TextIn<'_>>,
 ) -> Option<Varlena> {
     let sealing = sealing(key, context, aad);
-    run(Function::Encrypt, plaintext.kind(), |session, run, out| session.encrypt(run, plaintext, sealing, out))
+    run(Function::Encrypt, plaintext.kind(), |session, run, out| Ok(session.encrypt(run, plaintext, sealing, out)?))
 }
 
 fn rewrap(value: Value<'_>, key: &Option<TextIn<'_>>) -> Option<Varlena> {
-    run(Function::Rewrap, value.kind(), |session, run, out| session.rewrap(run, value, text(key), out).map(drop))
+    run(Function::Rewrap, value.kind(), |session, run, out| Ok(session.rewrap(run, value, text(key), out).map(drop)?))
 }
 
 fn upgrade(
@@ -181,13 +179,13 @@ fn upgrade(
 ) -> Option<Varlena> {
     let sealing = sealing(key, context, aad);
     run(Function::Upgrade, value.kind(), |session, run, out| {
-        session.upgrade(run, value, sealing, version, out).map(warn_if_plaintext)
+        Ok(session.upgrade(run, value, sealing, version, out).map(warn_if_plaintext)?)
     })
 }
 
 fn downgrade(value: Value<'_>, aad: &Option<TextIn<'_>>, version: Option<i32>) -> Option<Varlena> {
     run(Function::Downgrade, value.kind(), |session, run, out| {
-        session.downgrade(run, value, text(aad), version, out).map(warn_if_plaintext)
+        Ok(session.downgrade(run, value, text(aad), version, out).map(warn_if_plaintext)?)
     })
 }
 
@@ -223,17 +221,23 @@ fn text<'a>(argument: &'a Option<TextIn<'_>>) -> Option<&'a str> {
 fn run(
     function: Function,
     kind: Kind,
-    work: impl FnOnce(&mut Session, &mut Run<'_, Waiter>, &mut Varlena) -> Result<()>,
+    work: impl FnOnce(&mut Session, &mut Run<'_, Waiter>, &mut Varlena) -> Result<(), Box<Error>>,
 ) -> Option<Varlena> {
     let mut out = Varlena::default();
-    match backend::with(function, kind, |session, run| work(session, run, &mut out).map_err(Box::new)) {
+    match backend::with(function, kind, |session, run| work(session, run, &mut out)) {
         Ok(()) => Some(out),
         Err(error) => raise(&error, kind),
     }
 }
 
+#[inline]
 fn warn_if_plaintext(read_as: ReadAs) {
     if read_as == ReadAs::PlaintextWithWarning {
-        warning!("{}", Error::PLAINTEXT_WARNING);
+        warn();
     }
+}
+
+#[inline(never)]
+fn warn() {
+    warning!("{}", Error::PLAINTEXT_WARNING);
 }

@@ -74,7 +74,8 @@ impl Varlena {
         unsafe {
             let start = MemoryContextAllocExtended(pg_sys::CurrentMemoryContext, len + HEADER, flags).cast::<u8>();
             let Some(given) = std::ptr::NonNull::new(start) else { return Err(Error::TooLarge) };
-            (self.start, self.length) = (Some(given), len);
+            self.start = Some(given);
+            self.length = len;
             Ok(start.add(HEADER))
         }
     }
@@ -152,7 +153,7 @@ impl TextOut {
         self.0.into_datum()
     }
 
-    #[cold]
+    #[inline(never)]
     fn encode(&mut self) {
         match from_utf8(self.0.content()) {
             InServerEncoding::Same => {}

@@ -21,7 +21,7 @@ import targets
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECORDED = Path(__file__).resolve().parent / "instructions.json"
-OPERATIONS = ("decrypt_bytea", "decrypt_bytea_1000_deks", "decrypt_text", "encrypt_bytea", "encrypt_text")
+OPERATIONS = ("decrypt_bytea", "decrypt_bytea_1000_deks", "decrypt_text", "decrypt_text_1000_deks", "encrypt_bytea", "encrypt_text")
 GROWTH_PERCENT = 10
 FEW, MANY = 1000, 11_000
 

@@ -24,6 +24,7 @@ fn main() {
         "decrypt_bytea" => decrypt(Kind::Bytes, 1, times),
         "decrypt_text" => decrypt(Kind::Text, 1, times),
         "decrypt_bytea_1000_deks" => decrypt(Kind::Bytes, DEKS, times),
+        "decrypt_text_1000_deks" => decrypt(Kind::Text, DEKS, times),
         "encrypt_bytea" => encrypt(Kind::Bytes, times),
         "encrypt_text" => encrypt(Kind::Text, times),
         _ => panic!("no such operation: {operation}"),

@@ -7,7 +7,6 @@ pub(crate) use bounded::{Bounded, MOST_HEAD_BYTES};
 pub use sealing::{MadeFor, SealingCache, SealingKey};
 
 use std::borrow::Cow;
-use std::cell::RefCell;
 use std::hash::{BuildHasher, Hasher};
 use std::rc::{Rc, Weak};
 
@@ -117,18 +116,18 @@ impl OpenedCache {
         self.entries.get(&name_of(header)).map(|entry| Rc::clone(entry))
     }
 
-    /// The same for a header that was asked for before: `found` is what was found then. If that is the entry that was asked for
-    /// last, it is known without comparing headers.
+    /// The same for a header whose entry was found before; `found` is that entry, and becomes the one that is found
+    /// now. If it is the one that was asked for last, no headers need to be compared: a `Weak` keeps its address taken
+    /// also after the cache has dropped the entry and overwritten the key, so that an equal address is the same entry.
     #[inline]
-    pub fn get_known(&mut self, header: &[u8], found: &RefCell<Weak<OpenedKey>>) -> Option<Rc<OpenedKey>> {
+    pub fn get_found(&mut self, header: &[u8], found: &mut Weak<OpenedKey>) -> Option<Rc<OpenedKey>> {
         if let Some((_, entry)) = self.entries.latest()
-            && std::ptr::eq(found.borrow().as_ptr(), Rc::as_ptr(entry))
+            && std::ptr::eq(found.as_ptr(), Rc::as_ptr(entry))
         {
             return Some(Rc::clone(entry));
         }
         let entry = self.get(header)?;
-        // Weak: what the cache drops is overwritten then. While it is here, nothing else can have its address.
-        *found.borrow_mut() = Rc::downgrade(&entry);
+        *found = Rc::downgrade(&entry);
         Some(entry)
     }
 

@@ -123,7 +123,7 @@ pub(crate) fn header_length(bytes: &[u8]) -> Option<usize> {
 }
 
 /// Magic to context of bytes that are known to be a header.
-#[inline]
+#[inline(always)]
 pub(crate) fn bound_prefix(header: &[u8]) -> &[u8] {
     let pairs = u16::from_be_bytes([header[CONTEXT_AT], header[CONTEXT_AT + 1]]);
     &header[..CONTEXT_AT + 2 + usize::from(pairs)]

@@ -150,6 +150,12 @@ impl Error {
     }
 }
 
+impl From<Box<Error>> for Error {
+    fn from(boxed: Box<Error>) -> Self {
+        *boxed
+    }
+}
+
 impl From<Malformed> for Error {
     fn from(malformed: Malformed) -> Self {
         if malformed == Malformed::NO_MEMORY { Error::TooLarge } else { Error::Malformed(malformed) }

@@ -122,6 +122,7 @@ impl Honey {
     }
 
     /// Whether the value with this payload is watched.
+    #[inline]
     pub fn has(&self, payload: &[u8]) -> bool {
         !self.0.is_empty() && Self::mark(payload).is_some_and(|mark| self.0.contains(&mark))
     }

@@ -123,10 +123,7 @@ impl<'a, W> Run<'a, W> {
     }
 
     /// The same under other policies.
-    fn under<'b>(&'b mut self, policy: &'b Policy) -> Run<'b, W>
-    where
-        'a: 'b,
-    {
+    fn under<'b>(&'b mut self, policy: &'b Policy) -> Run<'b, W> {
         Run { policy, ..self.with(self.purpose) }
     }
 

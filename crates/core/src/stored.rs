@@ -99,20 +99,25 @@ impl<'a> Stored<'a> {
 /// can be told without decoding.
 pub fn head(value: Value<'_>) -> Option<&[u8]> {
     match value {
-        Value::Text(text) => armored_head(text.as_bytes()),
-        Value::Bytes(bytes) => binary_head(bytes),
+        Value::Text(text) => text_head(text.as_bytes()),
+        Value::Bytes(bytes) => bytes_head(bytes),
     }
 }
 
-/// The same of a stored text that need not be known to be text.
-pub(crate) fn armored_head(text: &[u8]) -> Option<&[u8]> {
-    text.iter().rposition(|&byte| byte == b':').map(|end| &text[..end])
+/// The same of a stored `text`, which need not be known to be text.
+#[inline]
+pub(crate) fn text_head(text: &[u8]) -> Option<&[u8]> {
+    let behind = text.strip_prefix(armor::PREFIX.as_bytes())?;
+    memchr::memchr(b':', behind).map(|length| &text[..armor::PREFIX.len() + length])
 }
 
 /// The same of a stored `bytea`.
-pub(crate) fn binary_head(bytes: &[u8]) -> Option<&[u8]> {
-    let length = if bytes.starts_with(&MAGIC) { header_length(bytes)? } else { return None };
-    Some(&bytes[..length])
+#[inline]
+pub(crate) fn bytes_head(bytes: &[u8]) -> Option<&[u8]> {
+    if !bytes.starts_with(&MAGIC) {
+        return None;
+    }
+    header_length(bytes).map(|length| &bytes[..length])
 }
 
 /// The sealed bytes of a value that has the shape of version 1: 28 bytes or more, base64 in text.

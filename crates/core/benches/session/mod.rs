@@ -73,7 +73,9 @@ impl Bench {
     }
 
     pub fn decrypt(&mut self, stored: Value<'_>) -> &[u8] {
-        self.run(Function::Decrypt, |session, run, out| session.decrypt(run, stored, Reading::default(), out).map(drop))
+        self.run(Function::Decrypt, |session, run, out| {
+            Ok(session.decrypt(run, stored, Reading::default(), out).map(drop)?)
+        })
     }
 
     fn run(

@@ -115,8 +115,8 @@ impl Session {
                 let sealing = Sealing { key: task.key, context: task.context, aad };
                 // What looks like ciphertext is never taken for plaintext by a guess: its legacy key may be missing.
                 let refusing = Policy { plaintext_reads: PlaintextReads::Refuse, ..*run.policy };
-                let is_guessed = version.is_none() && direct_shape(value).is_ok();
-                let policy = if is_guessed { &refusing } else { run.policy };
+                let may_be_direct = version.is_none() && direct_shape(value).is_ok();
+                let policy = if may_be_direct { &refusing } else { run.policy };
                 self.upgrade(&mut run.under(policy), value, sealing, version, sink).map(|_| true)
             }
             BulkOperation::Rewrap | BulkOperation::Downgrade if !self.is_version_2(run, value)? => Ok(false),
@@ -127,7 +127,7 @@ impl Session {
                 // An envelope says itself what it is.
                 let version = version.filter(|_| matches!(self.is_version_2(run, value), Ok(false)));
                 let reading = Reading { aad, context: None, version };
-                self.decrypt(&mut run.moving(NOWHERE), value, reading, &mut plaintext).map(|_| false)
+                Ok(self.decrypt(&mut run.moving(NOWHERE), value, reading, &mut plaintext).map(|_| false)?)
             }
         }
     }

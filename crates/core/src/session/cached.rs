@@ -1,18 +1,24 @@
-//! Decrypting an envelope whose DEK is at hand: what most values of a table are. All that may keep it from being opened is
-//! asked as for any other value; only how it is told is left to [`Session::decrypt_any`].
+//! Decrypting an envelope whose DEK is at hand, as that of most values of a table is. It is asked the same as any other
+//! value, by the same functions, with less moved about between them.
 
 use std::rc::Rc;
 
+use crate::access::Admitted;
 use crate::armor;
 use crate::cache::{OpenedKey, is_young};
+use crate::error::{Error, Result};
 use crate::provider::Wait;
-use crate::session::{ReadAs, Reading, Run, Session};
+use crate::session::{Reading, Run, Session};
 use crate::sink::Sink;
-use crate::stored::{Kind, binary_head};
+use crate::stored::{Kind, bytes_head};
+
+/// Whether the value was decrypted. The error is boxed: a large one would be moved about also where there is none.
+type Decrypted = std::result::Result<bool, Box<Error>>;
 
 impl Session {
-    /// Decrypts an envelope whose header was seen before and whose DEK is cached. `None` says nothing about the value: it is for
-    /// [`Session::decrypt_any`], which finds the same again and says what is wrong. A stored text need not be known to be text.
+    /// Decrypts an envelope whose DEK is cached, and known by the header as it is stored. A text need not be known to
+    /// be text. `false` is for [`Session::decrypt_any`]: the DEK is not at hand or too old, the caller may not use it
+    /// through the wrap that it came by, or the value is watched; the sink holds nothing then.
     #[inline(always)]
     pub fn decrypt_cached<W: Wait, S: Sink>(
         &mut self,
@@ -21,13 +27,11 @@ impl Session {
         stored: &[u8],
         reading: Reading<'_>,
         sink: &mut S,
-    ) -> Option<ReadAs> {
-        if !matches!(reading.version, None | Some(2)) {
-            return None;
-        }
-        match kind {
-            Kind::Bytes => self.decrypt_cached_bytes(run, stored, reading, sink),
-            Kind::Text => self.decrypt_cached_text(run, stored, reading, sink),
+    ) -> Decrypted {
+        match (reading.version, kind) {
+            (None | Some(2), Kind::Bytes) => self.decrypt_cached_bytes(run, stored, reading, sink),
+            (None | Some(2), Kind::Text) => self.decrypt_cached_text(run, stored, reading, sink),
+            _ => Ok(false),
         }
     }
 
@@ -38,14 +42,12 @@ impl Session {
         stored: &[u8],
         reading: Reading<'_>,
         sink: &mut S,
-    ) -> Option<ReadAs> {
-        let (header, opened) = match self.opened.latest(stored) {
-            Some(latest) => latest,
-            None => {
-                let header = binary_head(stored)?;
-                (header, self.opened.get(header)?)
-            }
+    ) -> Decrypted {
+        let found = match self.opened.latest(stored) {
+            Some(latest) => Some(latest),
+            None => bytes_head(stored).and_then(|header| Some((header, self.opened.get(header)?))),
         };
+        let Some((header, opened)) = found else { return Ok(false) };
         self.open_cached(run, &opened, header, &stored[header.len()..], reading, Kind::Bytes, sink)
     }
 
@@ -56,18 +58,18 @@ impl Session {
         stored: &[u8],
         reading: Reading<'_>,
         sink: &mut S,
-    ) -> Option<ReadAs> {
-        let (known, payload) = self.heads.armored(stored)?;
-        let header = Rc::clone(&known.header);
-        let opened = self.opened.get_known(&header, &known.opened)?;
+    ) -> Decrypted {
+        let Some((seen, payload)) = self.heads.armored(stored) else { return Ok(false) };
+        let Some(opened) = seen.opened(&mut self.opened) else { return Ok(false) };
+        let header = Rc::clone(seen.header());
         let mut sealed = std::mem::take(&mut self.sealed);
-        let read_as = match armor::decode_payload_into(payload, &mut sealed) {
+        let decrypted = match armor::decode_payload_into(payload, &mut sealed) {
             Ok(()) => self.open_cached(run, &opened, &header, &sealed, reading, Kind::Text, sink),
-            Err(_) => None,
+            Err(malformed) => Err(Box::new(malformed.into())),
         };
         self.sealed = sealed;
         self.trim();
-        read_as
+        decrypted
     }
 
     #[expect(clippy::too_many_arguments, reason = "an envelope's parts and what is said about them")]
@@ -75,20 +77,36 @@ impl Session {
     fn open_cached<W: Wait, S: Sink>(
         &mut self,
         run: &mut Run<'_, W>,
-        opened: &Rc<OpenedKey>,
+        opened: &OpenedKey,
         header: &[u8],
         payload: &[u8],
         reading: Reading<'_>,
         kind: Kind,
         sink: &mut S,
-    ) -> Option<ReadAs> {
-        if run.keyring.honey.has(payload) || !is_young(opened.born_ms, self.clock.now_ms(), &run.policy.limits) {
-            return None;
+    ) -> Decrypted {
+        if run.keyring.honey.has(payload) {
+            return Ok(false);
         }
-        let admitted = run.admit_opening(&opened.seen, &opened.kek.name, &opened.owners, &opened.context).ok()?;
-        self.open_envelope(opened, header, payload, reading, kind, sink).ok()?;
-        self.stats.cache_hits += 1;
+        let Some(admitted) = self.admit_cached(run, opened)? else { return Ok(false) };
+        self.open_envelope(opened, header, payload, reading, kind, sink)?;
         run.gate.done(admitted);
-        Some(ReadAs::Envelope)
+        Ok(true)
+    }
+
+    /// Lets the caller use a cached DEK; `None` where it is too old, or came through a wrap that is not for this
+    /// caller. Another wrap may be: it must open the DEK itself, because a header may name wraps that hold nothing.
+    #[inline(always)]
+    pub(super) fn admit_cached<W>(&mut self, run: &mut Run<'_, W>, opened: &OpenedKey) -> Result<Option<Admitted>> {
+        if !is_young(opened.born_ms, self.clock.now_ms(), &run.policy.limits) {
+            return Ok(None);
+        }
+        match run.admit_opening(&opened.seen, &opened.kek.name, &opened.owners, &opened.context) {
+            Ok(admitted) => {
+                self.stats.cache_hits += 1;
+                Ok(Some(admitted))
+            }
+            Err(Error::NotGranted { .. }) => Ok(None),
+            Err(other) => Err(other),
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use zeroize::Zeroize;
 
 use crate::access::{Admitted, Seen};
-use crate::cache::{KekIdentity, OpenedKey, is_young};
+use crate::cache::{KekIdentity, OpenedKey};
 use crate::context::Context;
 use crate::envelope::{FLAG_AAD, FLAGS_AT, Header, Payload, Wrap, bound_prefix};
 use crate::error::{Error, Mismatch, Result};
@@ -43,21 +43,22 @@ pub enum ReadAs {
 
 impl Session {
     /// Decrypts a value into `sink`.
+    #[inline(always)]
     pub fn decrypt<W: Wait, S: Sink>(
         &mut self,
         run: &mut Run<'_, W>,
         value: Value<'_>,
         reading: Reading<'_>,
         sink: &mut S,
-    ) -> Result<ReadAs> {
-        match self.decrypt_cached(run, value.kind(), value.bytes(), reading, sink) {
-            Some(read_as) => Ok(read_as),
-            None => self.decrypt_any(run, value, reading, sink),
+    ) -> std::result::Result<ReadAs, Box<Error>> {
+        match self.decrypt_cached(run, value.kind(), value.bytes(), reading, sink)? {
+            true => Ok(ReadAs::Envelope),
+            false => Ok(self.decrypt_any(run, value, reading, sink)?),
         }
     }
 
-    /// The same for a value that [`Session::decrypt_cached`] did not decrypt.
-    #[cold]
+    /// Decrypts any value, the slower way.
+    #[inline(never)]
     pub fn decrypt_any<W: Wait>(
         &mut self,
         run: &mut Run<'_, W>,
@@ -76,7 +77,10 @@ impl Session {
                 let (opened, admitted) = self.opened_key(run, &header)?;
                 self.open_envelope(&opened, &header, &payload, reading, value.kind(), sink)?;
                 run.gate.done(admitted);
-                self.heads.remember(value, &header, &run.policy.limits)?;
+                // Of a `bytea` the header itself is what is stored.
+                if value.kind() == Kind::Text {
+                    self.heads.remember(value, &header, &run.policy.limits)?;
+                }
                 Ok(ReadAs::Envelope)
             }
             Stored::Literal { blob, payload } => {
@@ -135,38 +139,14 @@ impl Session {
     }
 
     /// The DEK of a header, if the caller may decrypt with its KEK: out of the cache, or through the first wrap that opens.
-    pub(super) fn opened_key<W: Wait>(
-        &mut self,
-        run: &mut Run<'_, W>,
-        header: &[u8],
-    ) -> Result<(Rc<OpenedKey>, Admitted)> {
-        match self.opened.get(header) {
-            Some(opened) => self.cached_key(run, header, opened),
-            None => self.unwrapped_key(run, header),
+    fn opened_key<W: Wait>(&mut self, run: &mut Run<'_, W>, header: &[u8]) -> Result<(Rc<OpenedKey>, Admitted)> {
+        let (now, limits) = (self.clock.now_ms(), run.policy.limits);
+        if let Some(opened) = self.opened.get_young(header, now, &limits, &mut self.stats)
+            && let Some(admitted) = self.admit_cached(run, &opened)?
+        {
+            return Ok((opened, admitted));
         }
-    }
-
-    /// A DEK of the cache, if it is young enough and the caller may use it; or through another wrap.
-    fn cached_key<W: Wait>(
-        &mut self,
-        run: &mut Run<'_, W>,
-        header: &[u8],
-        opened: Rc<OpenedKey>,
-    ) -> Result<(Rc<OpenedKey>, Admitted)> {
-        if !is_young(opened.born_ms, self.clock.now_ms(), &run.policy.limits) {
-            self.opened.remove(header, &mut self.stats);
-            return self.unwrapped_key(run, header);
-        }
-        match run.admit_opening(&opened.seen, &opened.kek.name, &opened.owners, &opened.context) {
-            Ok(admitted) => {
-                self.stats.cache_hits += 1;
-                Ok((opened, admitted))
-            }
-            // Somebody else opened it through a wrap that is not for this caller. Another wrap may be: it must
-            // open the DEK itself, because a header may name wraps that hold nothing.
-            Err(Error::NotGranted { .. }) => self.unwrapped_key(run, header),
-            Err(other) => Err(other),
-        }
+        self.unwrapped_key(run, header)
     }
 
     /// The DEK of a header through the first wrap that opens.
@@ -334,7 +314,7 @@ pub(super) fn check_text(kind: Kind, out: &mut [u8]) -> Result<()> {
 }
 
 /// In one pass, many bytes at a time: no byte has its high bit, and none gets it when one is taken from each.
-fn is_ascii_without_zeros(text: &[u8]) -> bool {
+pub(super) fn is_ascii_without_zeros(text: &[u8]) -> bool {
     const ONES: u64 = u64::MAX / 0xFF;
     let Some(last) = text.last_chunk() else { return text.iter().all(|byte| (1..0x80).contains(byte)) };
     let look = |bytes: &[u8; 8]| {

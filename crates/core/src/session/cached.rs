@@ -18,7 +18,7 @@ type Decrypted = std::result::Result<bool, Box<Error>>;
 impl Session {
     /// Decrypts an envelope whose DEK is cached, and known by the header as it is stored. A text need not be known to
     /// be text. `false` is for [`Session::decrypt_any`]: the DEK is not at hand or too old, the caller may not use it
-    /// through the wrap that it came by, or the value is watched; the sink holds nothing then.
+    /// through the wrap that it came by, or the value is malformed or watched; the sink holds nothing then.
     #[inline(always)]
     pub fn decrypt_cached<W: Wait, S: Sink>(
         &mut self,
@@ -65,7 +65,7 @@ impl Session {
         let mut sealed = std::mem::take(&mut self.sealed);
         let decrypted = match armor::decode_payload_into(payload, &mut sealed) {
             Ok(()) => self.open_cached(run, &opened, &header, &sealed, reading, Kind::Text, sink),
-            Err(malformed) => Err(Box::new(malformed.into())),
+            Err(_) => Ok(false),
         };
         self.sealed = sealed;
         self.trim();
@@ -87,7 +87,7 @@ impl Session {
         if run.keyring.honey.has(payload) {
             return Ok(false);
         }
-        let Some(admitted) = self.admit_cached(run, opened)? else { return Ok(false) };
+        let Some(admitted) = self.admit_cached(run, opened, self.clock.now_ms())? else { return Ok(false) };
         self.open_envelope(opened, header, payload, reading, kind, sink)?;
         run.gate.done(admitted);
         Ok(true)
@@ -96,8 +96,13 @@ impl Session {
     /// Lets the caller use a cached DEK; `None` where it is too old, or came through a wrap that is not for this
     /// caller. Another wrap may be: it must open the DEK itself, because a header may name wraps that hold nothing.
     #[inline(always)]
-    pub(super) fn admit_cached<W>(&mut self, run: &mut Run<'_, W>, opened: &OpenedKey) -> Result<Option<Admitted>> {
-        if !is_young(opened.born_ms, self.clock.now_ms(), &run.policy.limits) {
+    pub(super) fn admit_cached<W>(
+        &mut self,
+        run: &mut Run<'_, W>,
+        opened: &OpenedKey,
+        now_ms: u64,
+    ) -> Result<Option<Admitted>> {
+        if !is_young(opened.born_ms, now_ms, &run.policy.limits) {
             return Ok(None);
         }
         match run.admit_opening(&opened.seen, &opened.kek.name, &opened.owners, &opened.context) {

@@ -28,48 +28,32 @@ impl Session {
         reading: Reading<'_>,
         sink: &mut S,
     ) -> Decrypted {
-        match (reading.version, kind) {
-            (None | Some(2), Kind::Bytes) => self.decrypt_cached_bytes(run, stored, reading, sink),
-            (None | Some(2), Kind::Text) => self.decrypt_cached_text(run, stored, reading, sink),
-            _ => Ok(false),
+        if !matches!(reading.version, None | Some(2)) {
+            return Ok(false);
         }
-    }
-
-    #[inline(always)]
-    fn decrypt_cached_bytes<W: Wait, S: Sink>(
-        &mut self,
-        run: &mut Run<'_, W>,
-        stored: &[u8],
-        reading: Reading<'_>,
-        sink: &mut S,
-    ) -> Decrypted {
-        let found = match self.opened.latest(stored) {
-            Some(latest) => Some(latest),
-            None => bytes_head(stored).and_then(|header| Some((header, self.opened.get(header)?))),
-        };
-        let Some((header, opened)) = found else { return Ok(false) };
-        self.open_cached(run, &opened, header, &stored[header.len()..], reading, Kind::Bytes, sink)
-    }
-
-    #[inline(always)]
-    fn decrypt_cached_text<W: Wait, S: Sink>(
-        &mut self,
-        run: &mut Run<'_, W>,
-        stored: &[u8],
-        reading: Reading<'_>,
-        sink: &mut S,
-    ) -> Decrypted {
-        let Some((seen, payload)) = self.heads.armored(stored) else { return Ok(false) };
-        let Some(opened) = seen.opened(&mut self.opened) else { return Ok(false) };
-        let header = Rc::clone(seen.header());
-        let mut sealed = std::mem::take(&mut self.sealed);
-        let decrypted = match armor::decode_payload_into(payload, &mut sealed) {
-            Ok(()) => self.open_cached(run, &opened, &header, &sealed, reading, Kind::Text, sink),
-            Err(_) => Ok(false),
-        };
-        self.sealed = sealed;
-        self.trim();
-        decrypted
+        match kind {
+            Kind::Bytes => {
+                let found = match self.opened.latest(stored) {
+                    Some(latest) => Some(latest),
+                    None => bytes_head(stored).and_then(|header| Some((header, self.opened.get(header)?))),
+                };
+                let Some((header, opened)) = found else { return Ok(false) };
+                self.open_cached(run, &opened, header, &stored[header.len()..], reading, kind, sink)
+            }
+            Kind::Text => {
+                let Some((seen, payload)) = self.heads.armored(stored) else { return Ok(false) };
+                let Some(opened) = seen.opened(&mut self.opened) else { return Ok(false) };
+                let header = Rc::clone(seen.header());
+                let mut sealed = std::mem::take(&mut self.sealed);
+                let decrypted = match armor::decode_payload_into(payload, &mut sealed) {
+                    Ok(()) => self.open_cached(run, &opened, &header, &sealed, reading, kind, sink),
+                    Err(_) => Ok(false),
+                };
+                self.sealed = sealed;
+                self.trim();
+                decrypted
+            }
+        }
     }
 
     #[expect(clippy::too_many_arguments, reason = "an envelope's parts and what is said about them")]
@@ -84,27 +68,19 @@ impl Session {
         kind: Kind,
         sink: &mut S,
     ) -> Decrypted {
-        if run.keyring.honey.has(payload) {
+        if run.keyring.honey.has(payload) || !is_young(opened.born_ms, self.clock.now_ms(), &run.policy.limits) {
             return Ok(false);
         }
-        let Some(admitted) = self.admit_cached(run, opened, self.clock.now_ms())? else { return Ok(false) };
+        let Some(admitted) = self.admit_cached(run, opened)? else { return Ok(false) };
         self.open_envelope(opened, header, payload, reading, kind, sink)?;
         run.gate.done(admitted);
         Ok(true)
     }
 
-    /// Lets the caller use a cached DEK; `None` where it is too old, or came through a wrap that is not for this
-    /// caller. Another wrap may be: it must open the DEK itself, because a header may name wraps that hold nothing.
+    /// Lets the caller use a cached DEK; `None` where it came through a wrap that is not for this caller. Another wrap
+    /// may be: it must open the DEK itself, because a header may name wraps that hold nothing.
     #[inline(always)]
-    pub(super) fn admit_cached<W>(
-        &mut self,
-        run: &mut Run<'_, W>,
-        opened: &OpenedKey,
-        now_ms: u64,
-    ) -> Result<Option<Admitted>> {
-        if !is_young(opened.born_ms, now_ms, &run.policy.limits) {
-            return Ok(None);
-        }
+    pub(super) fn admit_cached<W>(&mut self, run: &mut Run<'_, W>, opened: &OpenedKey) -> Result<Option<Admitted>> {
         match run.admit_opening(&opened.seen, &opened.kek.name, &opened.owners, &opened.context) {
             Ok(admitted) => {
                 self.stats.cache_hits += 1;

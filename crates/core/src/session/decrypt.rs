@@ -142,7 +142,7 @@ impl Session {
     fn opened_key<W: Wait>(&mut self, run: &mut Run<'_, W>, header: &[u8]) -> Result<(Rc<OpenedKey>, Admitted)> {
         let (now, limits) = (self.clock.now_ms(), run.policy.limits);
         if let Some(opened) = self.opened.get_young(header, now, &limits, &mut self.stats)
-            && let Some(admitted) = self.admit_cached(run, &opened, now)?
+            && let Some(admitted) = self.admit_cached(run, &opened)?
         {
             return Ok((opened, admitted));
         }

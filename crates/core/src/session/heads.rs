@@ -71,9 +71,7 @@ impl Heads {
         };
         self.remember(value, &header, limits).map(Form::Envelope)
     }
-}
 
-impl Heads {
     /// The header of an armored envelope, if it was seen before, and the armored payload.
     #[inline]
     pub(super) fn armored<'a>(&mut self, stored: &'a [u8]) -> Option<(&SeenHead, &'a [u8])> {

@@ -499,6 +499,8 @@ fn a_text_result_is_text_without_zeros() {
         (&[&[0xFF][..], &[b'x'; 300]].concat(), false),
         (&["é".as_bytes(), &[0]].concat(), false),
         (&[&[0][..], &[b'x'; 3]].concat(), false),
+        (&[0x7F; 40], true),
+        (&[1; 40], true),
     ] {
         let sealed = world.encrypt_bytes(plaintext, Sealing::default()).unwrap();
         let end = Envelope::parse(&sealed).unwrap().header.bytes.len();
